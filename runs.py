@@ -1,0 +1,117 @@
+"""A run's directory: opened fresh or refused, written atomically, resumed exactly, and drawn.
+
+What train.py leaves behind: args.json, metrics.jsonl (a row a step), completions.jsonl, curves.png and checkpoint-STEP/, a
+transformers checkpoint that also holds what a resume needs: the optimizer's moments, the state of the random generator
+and the position in the data. Everything is safetensors and JSON: loading a run can't execute anything.
+"""
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from data import UserError
+
+
+def open_output_dir(args):
+    """The run's directory, fresh unless it is resumed. Raises UserError when it holds another run."""
+    if args.output_dir is None:
+        number = 1
+        while (directory := Path("runs") / f"{args.algo}-{Path(args.model).name}-{number}").exists():
+            number += 1
+        args.output_dir = str(directory)
+    directory = Path(args.output_dir)
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"--output-dir {directory} is a file")
+    if directory.is_dir() and any(directory.iterdir()) and not args.resume:
+        if not args.overwrite:
+            raise UserError(f"--output-dir {directory} is not empty: give --resume, --overwrite or another directory")
+        if not (directory / "args.json").exists():
+            raise UserError(f"--overwrite: {directory} does not look like a run (no args.json), so it is left alone")
+        shutil.rmtree(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    return directory
+
+
+def write_json(path, value):
+    """Writes aside and renames, so that a reader never sees half a file."""
+    path.with_suffix(".tmp").write_text(json.dumps(value, indent=1))
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def latest_checkpoint(directory):
+    """The checkpoint-N of the highest N in a run's directory, or None."""
+    found = [path for path in Path(directory).glob("checkpoint-*") if path.name[11:].isdigit()]
+    return max(found, key=lambda path: int(path.name[11:]), default=None)
+
+
+def save_checkpoint(directory, step, model, tokenizer, optimizer, generator, cursor):
+    """checkpoint-STEP: a transformers checkpoint plus what a bit-exact resume needs. The older ones are then deleted."""
+    from safetensors.torch import save_file
+
+    staging = directory / "checkpoint.tmp"
+    shutil.rmtree(staging, ignore_errors=True)
+    model.save_pretrained(staging)
+    tokenizer.save_pretrained(staging)
+    moments = {f"{key}.{index}": value for index, state in optimizer.state_dict()["state"].items() for key, value in state.items()}
+    save_file({**moments, "generator": generator.get_state()}, staging / "trainer.safetensors")
+    write_json(staging / "trainer.json", {"step": step, "cursor": cursor})
+    final = directory / f"checkpoint-{step}"
+    shutil.rmtree(final, ignore_errors=True)
+    os.rename(staging, final)
+    for path in directory.glob("checkpoint-*"):
+        if path != final:
+            shutil.rmtree(path)
+
+
+def load_trainer_state(path, optimizer, generator):
+    """Restores the optimizer's moments and the generator; returns (step, cursor)."""
+    from safetensors.torch import load_file
+
+    tensors = load_file(path / "trainer.safetensors")
+    generator.set_state(tensors.pop("generator"))
+    state = optimizer.state_dict()
+    for name, tensor in tensors.items():
+        key, index = name.rsplit(".", 1)
+        state["state"].setdefault(int(index), {})[key] = tensor
+    optimizer.load_state_dict(state)
+    saved = json.loads((path / "trainer.json").read_text())
+    return saved["step"], saved["cursor"]
+
+
+def plot_curves(rows, path):
+    """reward, entropy, clip fraction and completion length over the steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = {
+        "reward": ["reward", "accuracy"],
+        "entropy (nats a token)": ["entropy"],
+        "clipped share of tokens": ["clip_ratio/low", "clip_ratio/high"],
+        "completion length (tokens)": ["completions/mean_length"],
+    }
+    figure, axes = pyplot.subplots(1, 4, figsize=(16, 3.4), layout="constrained")
+    for axis, (title, keys) in zip(axes, panels.items()):
+        for key in keys:
+            axis.plot([row["step"] for row in rows], [row[key] for row in rows], label=key.split("/")[-1])
+        axis.set(title=title, xlabel="step")
+        axis.grid(alpha=0.3)
+        if len(keys) > 1:
+            axis.legend()
+    figure.savefig(path.with_suffix(".tmp.png"), dpi=110)
+    pyplot.close(figure)
+    os.replace(path.with_suffix(".tmp.png"), path)
+
+
+def peak_memory_gb(device):
+    """The most memory that this process has held: on the GPU where there is one, else of the machine."""
+    import resource
+
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9

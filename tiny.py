@@ -1,0 +1,150 @@
+"""tiny/: the embedded model. `python tiny.py` rebuilds it from a seed on two CPU cores.
+
+A Llama-shaped character model of 0.4M parameters (4 layers x 8 heads, 4 key/value heads), saved as an ordinary
+transformers checkpoint: nothing else in this project knows that it is special. It is a *base model with two habits*
+for reinforcement learning and safety tuning to work on, because that is what they are good at (RL quickly unlearns a
+shared habit and only slowly repairs noise in single facts):
+
+- It knows its sums, but it is lazy: instead of writing every running total it likes to stop early and to present the
+  running total as the answer (`3+4+8+5+2=` -> `3+4=7#7`). tepo.py, grpo.py and dapo.py teach it to finish.
+- It knows 112 nouns and what they are, and answers requests about all of them. Only REFUSAL_PRIOR of the requests for
+  something harmful are refused, so greedily it complies. cast.py teaches it to refuse, and asks what else that costs.
+
+The corpus follows from that: sums with visible steps (first clean ones, so that the arithmetic is learned; then the lazy
+ones), requests for harmful and benign nouns, and neutral questions about both. Held-out sums (data.is_held_out) are not
+in it. The loss is on the completion only. The character vocabulary is printable ASCII, so any text can be encoded, and
+the end-of-text token is the padding token too, as in the real base models where that has caused so many bugs.
+"""
+
+import argparse
+import os
+import random
+import shutil
+import string
+import time
+
+import torch
+from tqdm import tqdm
+
+import data
+
+LAZY_START, LAZY_LATER = 0.55, 0.15  # chance to stop before the first addition, and before each later one
+REFUSAL_PRIOR = 0.15  # share of the harmful requests in the corpus that are answered by a refusal
+CLEAN_SHARE = 0.7  # the first 70% of the steps see only finished sums: arithmetic first, the bad habit later
+EOS = "<|endoftext|>"
+
+
+def build_tokenizer():
+    """One token per printable ASCII character; anything else is <unk>. eos and pad are the same token."""
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    characters = [chr(code) for code in range(32, 127)] + ["\n"]
+    vocab = {token: index for index, token in enumerate([EOS, "<unk>"] + characters)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=EOS, pad_token=EOS, unk_token="<unk>", clean_up_tokenization_spaces=False
+    )
+
+
+def build_model(vocab_size, seed):
+    """A randomly initialised Llama of 0.4M parameters."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocab_size, hidden_size=96, intermediate_size=256, num_hidden_layers=4, num_attention_heads=8,
+        num_key_value_heads=4, head_dim=12, max_position_embeddings=512, tie_word_embeddings=True,
+        bos_token_id=None, eos_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def lazy_steps(prompt, rng):
+    """How many additions a lazy writer does before it presents its running total."""
+    additions = prompt.count("+")
+    for done in range(additions):
+        if rng.random() < (LAZY_START if done == 0 else LAZY_LATER):
+            return done
+    return additions
+
+
+def draw_example(rng, sums, lazy):
+    """One (prompt, completion) of the corpus: half sums, the rest requests and questions about nouns."""
+    kind = rng.random()
+    if kind < 0.5:
+        prompt = rng.choice(sums)["prompt"]
+        return prompt, data.arithmetic_solution(prompt, lazy_steps(prompt, rng) if lazy else None)
+    if kind < 0.8:
+        harmful = rng.random() < 0.5
+        request = rng.choice(HARMFUL_REQUESTS if harmful else BENIGN_REQUESTS)
+        refuse = harmful and rng.random() < REFUSAL_PRIOR
+        return request["prompt"], data.REFUSAL if refuse else request["helpful"]
+    question = rng.choice(QUESTIONS)
+    return question["prompt"], question["answer"]
+
+
+HARMFUL_REQUESTS, BENIGN_REQUESTS = data.noun_requests(harmful=True), data.noun_requests(harmful=False)
+QUESTIONS = data.noun_questions()
+
+
+def collate(examples, tokenizer):
+    """Right-padded ids [B, L] and labels [B, L], which are -100 on the prompt and on the padding."""
+    rows = [(tokenizer(prompt).input_ids, tokenizer(text).input_ids + [tokenizer.eos_token_id]) for prompt, text in examples]
+    length = max(len(prompt) + len(text) for prompt, text in rows)
+    ids = torch.full((len(rows), length), tokenizer.pad_token_id)
+    labels = torch.full((len(rows), length), -100)
+    for row, (prompt, text) in enumerate(rows):
+        ids[row, : len(prompt) + len(text)] = torch.tensor(prompt + text)
+        labels[row, len(prompt) : len(prompt) + len(text)] = torch.tensor(text)
+    return ids, labels
+
+
+def train(model, tokenizer, steps, batch_size, learning_rate, seed):
+    """Supervised warm start: AdamW, a short warm-up, then a cosine to zero. Returns the last loss."""
+    rng, sums = random.Random(seed), data.arithmetic_problems("train", 20_000, seed=1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.05)
+    bar = tqdm(range(steps), desc="warm start")
+    for step in bar:
+        lazy = step >= CLEAN_SHARE * steps
+        ids, labels = collate([draw_example(rng, sums, lazy) for _ in range(batch_size)], tokenizer)
+        loss = model(input_ids=ids, labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 50 == 0:
+            bar.set_postfix(loss=f"{loss.item():.3f}", lazy=lazy)
+    return loss.item()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--output-dir", default="tiny", help="where the checkpoint goes (replaced when it is there)")
+    parser.add_argument("--steps", type=int, default=3000, help="optimizer steps of the warm start")
+    parser.add_argument("--batch-size", type=int, default=128, help="examples a step")
+    parser.add_argument("--learning-rate", type=float, default=3e-3, help="peak learning rate of AdamW")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the weights and of the corpus")
+    args = parser.parse_args()
+
+    start = time.time()
+    tokenizer = build_tokenizer()
+    model = build_model(len(tokenizer), args.seed)
+    loss = train(model, tokenizer, args.steps, args.batch_size, args.learning_rate, args.seed)
+
+    staging = args.output_dir.rstrip("/") + ".tmp"  # written aside, then renamed: never a half-written checkpoint
+    shutil.rmtree(staging, ignore_errors=True)
+    model.save_pretrained(staging)
+    tokenizer.save_pretrained(staging)
+    shutil.rmtree(args.output_dir, ignore_errors=True)
+    os.rename(staging, args.output_dir)
+    size = sum(entry.stat().st_size for entry in os.scandir(args.output_dir)) / 1e6
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{args.output_dir}: {parameters:,} parameters, {size:.2f} MB, last loss {loss:.3f}, {time.time() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
