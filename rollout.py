@@ -24,37 +24,52 @@ from data import UserError
 LOGITS_AT_ONCE = 2**24  # logits in one chunk of the LM head: 64 MB in fp32, whatever the vocabulary
 
 
-def pick_device():
-    """The best device of this machine: cuda, mps or cpu."""
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+def pick_device(name="auto"):
+    """The torch device of that name; "auto" is the best of this machine. Raises UserError when it is not there."""
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(device for device, there in present.items() if there)
+    if not present[name]:
+        raise UserError(f"--device {name}: this machine (or this build of torch {torch.__version__}) has none; use --device cpu")
+    return torch.device(name)
+
+
+def from_hub_or_disk(loader, name, **options):
+    """`loader.from_pretrained`, with the many ways in which it can fail turned into one line."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    if name.startswith(("/", ".", "~")) or name.count("/") > 1:  # a hub id is NAME or OWNER/NAME
+        if not os.path.isdir(name):
+            raise UserError(f"--model {name}: there is no such directory")
+    try:
+        return loader.from_pretrained(name, **options)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model {name} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+
+
+def load_tokenizer(name):
+    """The tokenizer of a directory or a hub id."""
+    from transformers import AutoTokenizer
+
+    return from_hub_or_disk(AutoTokenizer, name)
 
 
 def load_model(name, device, dtype=torch.float32):
-    """Loads a causal LM and its tokenizer from a directory or a hub id, without dropout. Returns (model, tokenizer).
+    """The causal language model of a directory or a hub id, without dropout.
 
     Weights are fp32 by default: at a learning rate of 1e-6 an update is lost in the rounding of bf16 weights.
     Raises UserError with one line when the model cannot be had.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
+    from transformers import AutoModelForCausalLM
 
-    logging.disable_progress_bar()
-    if not os.path.isdir(name) and (os.path.sep in name.rstrip("/") and name.count("/") != 1 or name.startswith((".", "/"))):
-        raise UserError(f"--model {name}: there is no such directory")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"--model {name} cannot be loaded: {reason}") from error
+    model = from_hub_or_disk(AutoModelForCausalLM, name, dtype=dtype, use_safetensors=True)
     for module in model.modules():  # dropout would make two passes over the same tokens disagree, and the ratio with them
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0
-    return model.to(device).eval(), tokenizer
+    return model.to(device).eval()
 
 
 def fastest_thread_count(model):
@@ -171,7 +186,7 @@ def collate(samples, pad_id, device):
 
 def micro_batches(samples, max_tokens):
     """Packs samples, sorted by length, into lists of at most `max_tokens` padded tokens (one sample at least)."""
-    packed, longest = [], 0
+    packed = []
     for sample in sorted(samples, key=lambda s: len(s["prompt_ids"]) + len(s["completion_ids"])):
         longest = len(sample["prompt_ids"]) + len(sample["completion_ids"])  # sorted: the newest is the longest
         if not packed or (len(packed[-1]) + 1) * longest > max_tokens:

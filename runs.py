@@ -46,6 +46,23 @@ def latest_checkpoint(directory):
     return max(found, key=lambda path: int(path.name[11:]), default=None)
 
 
+def rewind(directory, step):
+    """Cuts metrics.jsonl and completions.jsonl back to `step`, the last one a checkpoint knows. Returns the metric rows."""
+    kept = {}
+    for path in (directory / "completions.jsonl", directory / "metrics.jsonl"):
+        rows = []
+        for line in path.read_text().splitlines() if path.exists() else []:
+            try:
+                row = json.loads(line)
+            except ValueError:  # the line that was being written when the run died
+                break
+            if row["step"] <= step:
+                rows.append(row)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        kept[path.stem] = rows
+    return kept["metrics"]
+
+
 def save_checkpoint(directory, step, model, tokenizer, optimizer, generator, cursor):
     """checkpoint-STEP: a transformers checkpoint plus what a bit-exact resume needs. The older ones are then deleted."""
     from safetensors.torch import save_file

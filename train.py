@@ -21,10 +21,10 @@ import time
 from pathlib import Path
 
 from data import UserError, is_right, load_problems, take
-from runs import latest_checkpoint, load_trainer_state, open_output_dir, peak_memory_gb, plot_curves, save_checkpoint, write_json
+from runs import latest_checkpoint, load_trainer_state, open_output_dir, peak_memory_gb, plot_curves, rewind, save_checkpoint, write_json
 
 # What works without a flag: on the embedded model, and on real ones (one 80 GB GPU).
-TINY = dict(data="arithmetic", steps=30, num_prompts=32, learning_rate=5e-5, max_completion_length=48, save_steps=0)
+TINY = dict(data="arithmetic", steps=30, num_prompts=32, learning_rate=3e-5, max_completion_length=48, save_steps=0)
 REAL = dict(data="dapo-math-17k", steps=100, num_prompts=64, learning_rate=1e-6, max_completion_length=2048, save_steps=20)
 ALGO = {
     "grpo": dict(epsilon_high=0.2, beta=0.0, dynamic_sampling="off", overlong="none"),
@@ -86,7 +86,7 @@ def build_parser():
     flag("--gradient-checkpointing", False, "recompute activations in the backward pass")
     # House-keeping
     flag("--seed", 0, "seed of the prompts' order and of the sampling")
-    flag("--device", "auto", "cpu, cuda or mps")
+    flag("--device", "auto", "where to run; auto takes the best there is", choices=["auto", "cpu", "cuda", "mps"])
     flag("--threads", 0, "CPU threads; 0: measure which of one and all is faster")
     flag("--save-steps", None, "checkpoint every so many steps, and at the end; 0: only at the end" + by_model("save_steps"), int)
     flag("--log-completions-steps", 10, "write a few completions every so many steps")
@@ -157,13 +157,14 @@ def train(args):
 
     from dapo import dynamic_sampling, mixed_groups, overlong_filter, soft_overlong_punishment
     from grpo import group_advantages
-    from rollout import collate, fastest_thread_count, load_model, micro_batches, pick_device, sample, score, stop_token_ids
+    from rollout import collate, fastest_thread_count, load_model, load_tokenizer, micro_batches, pick_device, sample, score, stop_token_ids
 
-    problems = load_problems(args.data, "train")
-    device = pick_device() if args.device == "auto" else torch.device(args.device)
+    device = pick_device(args.device)
     resumed = latest_checkpoint(args.output_dir) if args.resume else None
-    model, tokenizer = load_model(str(resumed or args.model), device)
-    reference = load_model(args.model, device)[0].requires_grad_(False) if args.algo == "grpo" and args.beta else None
+    tokenizer = load_tokenizer(args.model)
+    problems = load_problems(args.data, "train")
+    model = load_model(str(resumed or args.model), device)
+    reference = load_model(args.model, device).requires_grad_(False) if args.algo == "grpo" and args.beta else None
     directory = open_output_dir(args)
     if device.type == "cpu":
         args.threads = args.threads or fastest_thread_count(model)
@@ -171,18 +172,14 @@ def train(args):
     write_json(directory / "args.json", vars(args))
 
     if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         parameters, lr=args.learning_rate, betas=(0.9, args.adam_beta2), weight_decay=args.weight_decay
     )
     generator = torch.Generator().manual_seed(args.seed)
-    step, cursor, rows = 0, 0, []
-    metrics_path, completions_path = directory / "metrics.jsonl", directory / "completions.jsonl"
-    if resumed:
-        step, cursor = load_trainer_state(resumed, optimizer, generator)
-        rows = [json.loads(line) for line in metrics_path.read_text().splitlines()][:step]
-        metrics_path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    step, cursor = load_trainer_state(resumed, optimizer, generator) if resumed else (0, 0)
+    rows = rewind(directory, step)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
     stop_ids, pad_id = stop_token_ids(model, tokenizer), tokenizer.pad_token_id or 0
 
@@ -257,8 +254,8 @@ def train(args):
                 s["advantage"] = advantage
         clock.append(time.perf_counter())
 
-        # 3. score: mini-batches of whole groups
-        size = -(-len(groups) // args.steps_per_generation) or 1
+        # 3. score: mini-batches of whole groups, of one size; fewer groups (after a filter) make fewer of them, not smaller ones
+        size = -(-args.num_prompts // args.steps_per_generation)
         minis = [prepare([s for group in groups[i : i + size] for s in group]) for i in range(0, len(groups), size)]
         clock.append(time.perf_counter())
 
@@ -311,10 +308,10 @@ def train(args):
             "peak_memory_gb": peak_memory_gb(device),
         })  # fmt: skip
         row = rows[-1]
-        with metrics_path.open("a") as file:
+        with (directory / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
         if step % args.log_completions_steps == 0 or step in (1, args.steps):
-            with completions_path.open("a") as file:
+            with (directory / "completions.jsonl").open("a") as file:
                 for group in sampled[:2]:
                     for s in group[:2]:
                         record = {"step": step, "prompt": s["problem"]["prompt"], "completion": s["text"], "reward": s["reward"]}

@@ -1,0 +1,229 @@
+"""The sampler and the scorer: same distribution, exact masks, no effect of padding, batching, caching or chunking."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import rollout
+from rollout import collate, draw, load_model, micro_batches, sample, score, stop_token_ids
+from tests.conftest import VOCAB, build_model
+
+FAMILIES = ("llama", "qwen3", "gpt2")
+ALL_FAMILIES = (*FAMILIES, "qwen2", "mistral", "gpt_neox", "phi3", "gemma2")
+PROMPTS = [[5, 6, 7], [9], [11, 12, 13, 14, 15, 16, 17], [0, 8, 0]]  # of uneven length; one holds the end token
+
+
+def sample_with(model, seed=0, prompts=PROMPTS, G=3, T=10, temperature=1.0, stop_ids=(0, 1)):
+    generator = torch.Generator().manual_seed(seed)
+    return sample(
+        model, prompts, G, max_completion_length=T, temperature=temperature, stop_ids=list(stop_ids), generator=generator
+    )
+
+
+def plain_logits(model, ids):
+    """[len, V] logits of one unpadded row, through the model's own forward: no cache, no mask, no chunks."""
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float()
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
+def test_sampler_and_scorer_agree_before_any_update(models, family, temperature):
+    samples = sample_with(models(family), temperature=temperature)
+    batch = collate(samples, pad_id=0, device="cpu")
+    logp, entropy = score(models(family), batch, temperature)
+    for row, s in enumerate(samples):
+        n = len(s["completion_ids"])
+        torch.testing.assert_close(logp[row, :n], torch.tensor(s["logp"]), rtol=1e-4, atol=1e-4)
+    assert not logp[~batch["mask"]].any() and not entropy[~batch["mask"]].any() and not entropy.requires_grad
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scores_equal_the_full_softmax_of_each_row_alone(models, family):
+    samples = sample_with(models(family), seed=1)
+    batch = collate(samples, pad_id=0, device="cpu")
+    logp, entropy = score(models(family), batch, temperature=0.7)
+    for row, s in enumerate(samples):
+        ids, p, n = s["prompt_ids"] + s["completion_ids"], len(s["prompt_ids"]), len(s["completion_ids"])
+        distribution = torch.log_softmax(plain_logits(models(family), ids)[p - 1 : -1].double() / 0.7, dim=-1)  # [n, V]
+        torch.testing.assert_close(logp[row, :n].double(), distribution[range(n), s["completion_ids"]], rtol=1e-4, atol=1e-4)
+        expected = -(distribution.exp() * distribution).sum(-1)
+        torch.testing.assert_close(entropy[row, :n].double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_batched_sampling_equals_each_row_alone_without_a_cache(models, family):
+    """Prefill sharing, the cache, left padding and the dropping of finished rows change nothing of what a row draws."""
+    model, T, G, temperature, stops = models(family), 10, 3, 0.8, range(6)
+    samples = sample_with(model, T=T, G=G, temperature=temperature, stop_ids=stops)
+    uniforms = torch.rand(T, len(PROMPTS) * G, generator=torch.Generator().manual_seed(0))
+    for row, s in enumerate(samples):
+        ids, truncated = list(PROMPTS[row // G]), True
+        for t in range(T):
+            token, _ = draw(plain_logits(model, ids)[-1:], uniforms[t, row : row + 1], temperature)
+            ids.append(token.item())
+            if token in stops:
+                truncated = False
+                break
+        assert s["prompt_ids"] == PROMPTS[row // G]
+        assert s["completion_ids"] == ids[len(s["prompt_ids"]) :] and s["truncated"] == truncated
+    lengths = {len(s["completion_ids"]) for s in samples}
+    assert len(lengths) > 2, "the rows must end at different times, or nothing was tested"
+
+
+def test_every_completion_ends_at_its_first_stop_token(models):
+    samples = sample_with(models("llama"), G=8)
+    assert any(s["truncated"] for s in samples) and not all(s["truncated"] for s in samples)
+    for s in samples:
+        stops = [i for i, token in enumerate(s["completion_ids"]) if token in (0, 1)]
+        assert stops == ([] if s["truncated"] else [len(s["completion_ids"]) - 1])
+        assert len(s["completion_ids"]) == 10 or not s["truncated"]
+
+
+def test_a_prompt_is_prefilled_once_whatever_the_group(models, monkeypatch):
+    model, shapes = models("llama"), []
+    handle = model.register_forward_pre_hook(lambda _, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True)
+    samples = sample_with(model, G=5)
+    handle.remove()
+    assert shapes[0] == (len(PROMPTS), max(map(len, PROMPTS)))  # one row a prompt, not one a sample
+    assert all(width == 1 for _, width in shapes[1:])
+    alive = [sum(len(s["completion_ids"]) > t for s in samples) for t in range(1, len(shapes))]
+    assert [rows for rows, _ in shapes[1:]] == alive  # rows leave the batch as they end
+
+
+def test_the_sampled_histogram_is_plain_softmax_whatever_the_generation_config_says():
+    model = build_model("llama", initializer_range=0.15)
+    for name, value in dict(do_sample=True, top_k=5, top_p=0.5, temperature=0.1, repetition_penalty=3.0).items():
+        setattr(model.generation_config, name, value)
+    count, temperature = 20_000, 1.3
+    samples = sample_with(model, prompts=[[5, 6, 7]], G=count, T=1, temperature=temperature)
+    histogram = torch.bincount(torch.tensor([s["completion_ids"][0] for s in samples]), minlength=VOCAB) / count
+    expected = torch.softmax(plain_logits(model, [5, 6, 7])[-1] / temperature, dim=-1)
+    assert (histogram > 0).sum() > 15  # far more than the five of top_k
+    sigma = (expected * (1 - expected) / count).sqrt()
+    assert ((histogram - expected).abs() < 5 * sigma + 1e-4).all()
+
+
+@given(st.lists(st.floats(-30, 30, width=32), min_size=2, max_size=20), st.floats(0, 1, exclude_max=True, width=32), st.floats(0.3, 3))
+def test_draw_inverts_the_distribution_function(logits, uniform, temperature):
+    row = torch.tensor([logits])
+    token, logp = draw(row, torch.tensor([uniform]), temperature)
+    p = torch.softmax(row[0].double() / temperature, dim=-1)
+    below = p[: token.item()].sum().item()
+    assert below - 1e-5 <= uniform <= below + p[token.item()].item() + 1e-5
+    assert logp.item() == pytest.approx(p[token.item()].log().item(), abs=1e-4)
+
+
+def test_draw_never_takes_a_token_of_probability_zero_and_temperature_zero_takes_the_best():
+    logits = torch.tensor([[float("-inf"), 1.0, float("-inf"), 2.0, float("-inf")]]).repeat(1001, 1)
+    token, _ = draw(logits, torch.linspace(0, 1 - 2**-24, 1001), 1.0)
+    assert set(token.tolist()) == {1, 3}
+    assert set(draw(logits, torch.rand(1001), 0)[0].tolist()) == {3}
+
+
+def gradients(model, batch, temperature=0.9):
+    model.zero_grad()
+    logp, _ = score(model, batch, temperature)
+    (logp * torch.linspace(-1, 1, logp.shape[1])).sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_chunks_of_the_lm_head_change_neither_scores_nor_gradients(models, family, monkeypatch):
+    model, batch = models(family), collate(sample_with(models(family)), 0, "cpu")
+    whole, whole_gradients = score(model, batch, 0.9), gradients(model, batch)
+    monkeypatch.setattr(rollout, "LOGITS_AT_ONCE", 3 * VOCAB)  # three tokens a chunk
+    chunked, chunked_gradients = score(model, batch, 0.9), gradients(model, batch)
+    for a, b in zip(whole, chunked):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+    for name in whole_gradients:
+        torch.testing.assert_close(chunked_gradients[name], whole_gradients[name], rtol=1e-4, atol=1e-4)
+
+
+def test_the_lm_head_sees_completion_positions_only_and_at_most_a_chunk(models, monkeypatch):
+    model, samples = models("llama"), sample_with(models("llama"))
+    batch, seen = collate(samples, 0, "cpu"), []
+    monkeypatch.setattr(rollout, "LOGITS_AT_ONCE", 7 * VOCAB)
+    handle = model.get_output_embeddings().register_forward_hook(lambda _, args, out: seen.append(out.shape[:-1].numel()))
+    with torch.no_grad():
+        score(model, batch, 1.0)
+    handle.remove()
+    assert max(seen) <= 7 and sum(seen) == sum(len(s["completion_ids"]) for s in samples)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@settings(max_examples=10)
+@given(data=st.data())
+def test_padding_and_row_order_change_nothing(models, family, data):
+    model, samples = models(family), sample_with(models(family), seed=2)
+    reference, _ = score(model, collate(samples, 0, "cpu"), 1.0)
+    order = data.draw(st.permutations(range(len(samples))))
+    longer = {"prompt_ids": [3] * data.draw(st.integers(1, 12)), "completion_ids": [4] * data.draw(st.integers(1, 15))}
+    batch = collate([samples[i] for i in order] + [longer], pad_id=data.draw(st.integers(0, VOCAB - 1)), device="cpu")
+    logp, _ = score(model, batch, 1.0)
+    for new, old in enumerate(order):
+        n = len(samples[old]["completion_ids"])
+        torch.testing.assert_close(logp[new, :n], reference[old, :n], rtol=1e-4, atol=1e-4)
+        assert not logp[new, n:].any()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@settings(max_examples=20)
+@given(data=st.data())
+def test_changing_a_token_changes_its_own_log_prob_and_none_before_it(models, family, data):
+    prompt, completion = [5, 6, 7], data.draw(st.lists(st.integers(1, VOCAB - 1), min_size=2, max_size=8))
+    t = data.draw(st.integers(0, len(completion) - 1))
+    changed = completion[:t] + [(completion[t] + 1) % VOCAB] + completion[t + 1 :]
+    rows = [{"prompt_ids": prompt, "completion_ids": c} for c in (completion, changed)]
+    logp, entropy = score(models(family), collate(rows, 0, "cpu"), 1.0)
+    torch.testing.assert_close(logp[0, :t], logp[1, :t], rtol=0, atol=1e-5)
+    torch.testing.assert_close(entropy[0, : t + 1], entropy[1, : t + 1], rtol=0, atol=1e-5)  # a token does not predict itself
+    assert logp[0, t] != logp[1, t]
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=8))
+def test_the_mask_counts_completion_tokens_even_when_they_equal_the_padding(lengths):
+    samples = [{"prompt_ids": [0] * p, "completion_ids": [0] * n} for p, n in lengths]  # everything is the pad token
+    batch = collate(samples, pad_id=0, device="cpu")
+    assert batch["mask"].sum(1).tolist() == batch["predicts"].sum(1).tolist() == [n for _, n in lengths]
+    for row, (p, n) in enumerate(lengths):
+        assert batch["predicts"][row].nonzero().squeeze(1).tolist() == list(range(p - 1, p + n - 1))
+
+
+@given(st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30)), min_size=1, max_size=30), st.integers(1, 200))
+def test_micro_batches_hold_every_sample_once_and_stay_within_the_budget(lengths, budget):
+    samples = [{"prompt_ids": [1] * p, "completion_ids": [1] * n, "index": i} for i, (p, n) in enumerate(lengths)]
+    packed = micro_batches(samples, budget)
+    assert sorted(s["index"] for part in packed for s in part) == list(range(len(samples)))
+    for part in packed:
+        widest = max(len(s["prompt_ids"]) + len(s["completion_ids"]) for s in part)
+        assert len(part) == 1 or len(part) * widest <= budget
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_loaded_models_have_no_dropout_in_train_mode_and_checkpointing_changes_no_gradient(family, tmp_path):
+    saved = build_model(family)
+    saved.save_pretrained(tmp_path)
+    model = load_model(str(tmp_path), "cpu")
+    batch = collate(sample_with(model), 0, "cpu")
+    model.train()
+    first, second = score(model, batch, 1.0)[0], score(model, batch, 1.0)[0]
+    assert torch.equal(first, second)
+    plain = gradients(model, batch)
+    model.activation_checkpointing_enable()
+    model.train()
+    for name, gradient in gradients(model, batch).items():
+        torch.testing.assert_close(gradient, plain[name], rtol=1e-4, atol=1e-5)
+    samples = sample_with(model)  # in train mode with checkpointing: the cache must be on all the same
+    assert [s["completion_ids"] for s in samples] == [s["completion_ids"] for s in sample_with(saved)]
+
+
+def test_stop_tokens_come_from_the_tokenizer_and_the_generation_config():
+    import tiny
+
+    model, tokenizer = build_model("llama"), tiny.build_tokenizer()
+    model.generation_config.eos_token_id = [7, 3]
+    assert stop_token_ids(model, tokenizer) == [0, 3, 7]
+    model.generation_config.eos_token_id = None
+    assert stop_token_ids(model, tokenizer) == [0]

@@ -1,0 +1,188 @@
+"""The training loop end to end on the embedded model: exact resume, exact first ratio, files, and errors in one line."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train
+from data import UserError
+from tests.conftest import ROOT
+
+SMALL = "--num-prompts 6 --num-generations 4 --max-completion-length 24 --threads 1 --device cpu --steps-per-generation 3".split()
+NOISY = ("seconds", "tokens_per_second", "peak_memory_gb")  # what differs between two runs of the same arithmetic
+
+
+@pytest.fixture(autouse=True)
+def in_root(monkeypatch):
+    monkeypatch.chdir(ROOT)  # `--model tiny` is a path
+
+
+def run(output_dir, *flags):
+    return train.train(train.parse_args([*SMALL, "--output-dir", str(output_dir), *flags]))
+
+
+def weights(output_dir, step):
+    folder = output_dir / f"checkpoint-{step}"
+    return {**load_file(folder / "model.safetensors"), **load_file(folder / "trainer.safetensors")}
+
+
+def exact(rows):
+    return [{key: value for key, value in row.items() if not key.startswith(NOISY)} for row in rows]
+
+
+@pytest.mark.parametrize("flags", [
+    "--algo tepo --num-iterations 2 --learning-rate 1e-3 --beta 1",
+    "--algo tepo --entropy-change covariance --dynamic-sampling off",
+    "--algo grpo --beta 0.1 --weight-decay 0.1",
+    "--algo dapo --max-sampling-rounds 2 --overlong filter",
+])  # fmt: skip
+def test_resuming_is_bit_exact(tmp_path, flags):
+    flags = flags.split()
+    whole = run(tmp_path / "whole", *flags, "--steps", "4")
+    run(tmp_path / "parts", *flags, "--steps", "2")
+    with (tmp_path / "parts" / "metrics.jsonl").open("a") as file:  # a run that died later than its last checkpoint
+        file.write(json.dumps({"step": 3, "reward": 9.0}) + '\n{"step": 4, "rew')
+    parts = run(tmp_path / "parts", "--resume", "--steps", "4")
+    first, second = weights(tmp_path / "whole", 4), weights(tmp_path / "parts", 4)
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    assert exact(parts) == exact(whole)
+    written = [json.loads(line) for line in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()]
+    assert written == parts
+    assert [path.name for path in (tmp_path / "parts").glob("checkpoint*")] == ["checkpoint-4"]
+
+
+def test_a_run_that_died_before_its_first_checkpoint_starts_over(tmp_path):
+    whole = run(tmp_path / "whole", "--steps", "1")
+    run(tmp_path / "died", "--steps", "1")
+    import shutil
+
+    shutil.rmtree(tmp_path / "died" / "checkpoint-1")
+    assert exact(run(tmp_path / "died", "--resume")) == exact(whole)
+
+
+@pytest.mark.parametrize("algo", ["grpo", "dapo", "tepo"])
+@pytest.mark.parametrize("temperature", ["0.7", "1.0"])
+def test_the_first_update_has_ratio_one_and_an_empty_kl_mask_and_later_ones_do_not(tmp_path, algo, temperature):
+    once = run(tmp_path / "once", "--algo", algo, "--steps", "1", "--steps-per-generation", "1", "--temperature", temperature)
+    assert once[0]["updates"] == 1 and once[0]["max_ratio_deviation"] == 0 == once[0]["kl_mask_fraction"] == once[0]["kl"]
+    often = run(tmp_path / "often", "--algo", algo, "--steps", "1", "--temperature", temperature, "--dynamic-sampling", "off")
+    assert often[0]["updates"] == 3 and often[0]["max_ratio_deviation"] > 0 and often[0]["kl"] > 0
+    assert (often[0]["kl_mask_fraction"] > 0) == (algo == "tepo")
+
+
+@pytest.mark.parametrize("algo", ["grpo", "dapo", "tepo"])
+def test_micro_batches_do_not_change_the_update(tmp_path, algo):
+    for name, budget in (("one", "100000"), ("many", "60")):
+        run(tmp_path / name, "--algo", algo, "--steps", "1", "--max-tokens-per-batch", budget, "--num-iterations", "2")
+    one, many = (load_file(tmp_path / name / "checkpoint-1" / "model.safetensors") for name in ("one", "many"))
+    start = load_file(ROOT / "tiny" / "model.safetensors")
+    for name in one:
+        moved = (one[name] - start[name]).abs().max()
+        assert moved > 0
+        assert (one[name] - many[name]).abs().max() < 0.05 * moved  # Adam magnifies rounding where a gradient is about zero
+
+
+def test_a_run_leaves_what_it_promises(tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    rows = run(tmp_path / "run", "--steps", "2", "--log-completions-steps", "1")
+    folder = tmp_path / "run"
+    assert {path.name for path in folder.iterdir()} == {"args.json", "metrics.jsonl", "completions.jsonl", "curves.png", "checkpoint-2"}
+    expected = """step reward accuracy frac_reward_zero_std completions/mean_length completions/clipped_ratio entropy clip_ratio/low
+        clip_ratio/high kl kl_mask_fraction grad_norm max_ratio_deviation tokens_per_second seconds/sample seconds/score
+        seconds/update peak_memory_gb""".split()
+    assert set(expected) <= set(rows[0])
+    completions = [json.loads(line) for line in (folder / "completions.jsonl").read_text().splitlines()]
+    assert {c["step"] for c in completions} == {1, 2} and all(c["reward"] in (0.0, 1.0) for c in completions)
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    model = AutoModelForCausalLM.from_pretrained(folder / "checkpoint-2")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "checkpoint-2")
+    assert tokenizer("1+2=").input_ids == AutoTokenizer.from_pretrained(ROOT / "tiny")("1+2=").input_ids
+    assert model.config.num_key_value_heads == 4
+
+
+def test_refill_trains_on_mixed_groups_only_and_reports_the_reward_of_all(tmp_path):
+    rows = run(tmp_path / "run", "--algo", "dapo", "--steps", "1", "--num-generations", "2", "--max-sampling-rounds", "9")
+    row = rows[0]
+    assert row["groups_trained"] == 6 and row["groups_sampled"] > 6 and row["groups_sampled"] % 6 == 0
+    assert row["frac_reward_zero_std"] > 0
+
+
+def test_a_step_without_any_mixed_group_is_survived(tmp_path):
+    """Completions of one token are never right: nothing to learn, nothing to break."""
+    for algo in ("dapo", "tepo"):
+        rows = run(tmp_path / algo, "--algo", algo, "--max-completion-length", "1", "--steps", "2", "--max-sampling-rounds", "2")
+        assert [row["groups_trained"] for row in rows] == [0, 0] and [row["updates"] for row in rows] == [0, 0]
+        assert rows[0]["reward"] == (0 if algo == "tepo" else -1)  # overlong punishment: every completion is at the limit
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--model no/such/model/dir", "there is no such directory"),
+    ("--model nobody/has-this", "cannot be loaded"),
+    ("--data no-such-data", "unknown"),
+    ("--algo dapo --beta 0.1", "dapo has no KL term"),
+    ("--algo grpo --kl-mask all", "belongs to --algo tepo"),
+    ("--temperature 0", "above 0"),
+    ("--num-generations 1", "at least 2"),
+    ("--num-prompts 2 --steps-per-generation 3", "mini-batch"),
+    ("--steps 0", "at least 1"),
+    ("--resume", "needs --output-dir"),
+    ("--device cuda", "has none"),
+])  # fmt: skip
+def test_wrong_input_is_one_line_and_writes_nothing(tmp_path, flags, message):
+    if flags == "--device cuda" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(UserError, match=message) as error:
+        run(tmp_path / "new", *flags.split())
+    assert "\n" not in str(error.value) and not (tmp_path / "new").exists()
+
+
+def test_the_terminal_shows_two_lines_at_most_and_exit_code_two(tmp_path):
+    for flags in (["--algo", "ppo"], ["--model", "no/such/model/dir"], ["--no-such-flag"]):
+        done = subprocess.run([sys.executable, "train.py", *flags, "--output-dir", tmp_path / "new"], capture_output=True, text=True)
+        assert done.returncode == 2 and "Traceback" not in done.stderr and not (tmp_path / "new").exists()
+        assert len(done.stderr.strip().splitlines()) <= 2, done.stderr
+
+
+def test_another_run_is_neither_mixed_with_nor_lost(tmp_path):
+    run(tmp_path / "run", "--steps", "1")
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    with pytest.raises(UserError, match="--resume, --overwrite"):
+        run(tmp_path / "run", "--steps", "1")
+    with pytest.raises(UserError, match="leave out --learning-rate"):
+        run(tmp_path / "run", "--resume", "--learning-rate", "1")
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+    run(tmp_path / "run", "--steps", "1", "--overwrite", "--seed", "1")
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() != before
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "dear.txt").write_text("Dear")
+    with pytest.raises(UserError, match="left alone"):
+        run(tmp_path / "letters", "--overwrite")
+    assert (tmp_path / "letters" / "dear.txt").exists()
+
+
+def test_without_an_output_dir_every_run_gets_a_fresh_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.symlink(ROOT / "tiny", tmp_path / "tiny")
+    names = []
+    for _ in range(2):
+        args = train.parse_args([*SMALL, "--steps", "1"])
+        train.train(args)
+        names.append(args.output_dir)
+    assert names == ["runs/tepo-tiny-1", "runs/tepo-tiny-2"]
+
+
+def test_nothing_but_train_knows_the_others():
+    """The house rules: data.py without torch, the objectives without models, nobody imports train.py."""
+    imports = lambda name: [line for line in (ROOT / name).read_text().splitlines() if line.strip().startswith(("import ", "from "))]  # noqa: E731
+    assert not any("torch" in line for line in imports("data.py"))
+    for name in ("grpo.py", "dapo.py", "tepo.py"):
+        allowed = ("import torch", "from grpo import")
+        assert all(line.startswith(allowed) for line in imports(name)), name
+    for path in ROOT.glob("*.py"):
+        assert not any(line.split()[1] == "train" for line in imports(path.name))
