@@ -15,11 +15,13 @@ it is truncated), logp (the sampler's, a list), truncated (bool).
 
 import os
 import time
+from pathlib import Path
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
 from data import UserError
+from runs import latest_checkpoint
 
 LOGITS_AT_ONCE = 2**24  # logits in one chunk of the LM head: 64 MB in fp32, whatever the vocabulary
 
@@ -34,18 +36,43 @@ def pick_device(name="auto"):
     return torch.device(name)
 
 
+OWNERS = {"Qwen": "Qwen", "Llama-3": "meta-llama", "Mistral-": "mistralai", "DeepSeek-R1-Distill": "deepseek-ai"}
+
+
+def resolve_model(name):
+    """What --model means: a directory, a run of train.py (its last checkpoint), or a hub id, whose owner may be left out.
+
+    Qwen2.5-1.5B becomes Qwen/Qwen2.5-1.5B; "tiny" is the embedded model wherever the scripts are called from.
+    Raises UserError when the name can only be a directory and there is none.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        checkpoint = None if (path / "config.json").exists() else latest_checkpoint(path)
+        return str(checkpoint or path)
+    if name == "tiny":
+        return str(Path(__file__).parent / "tiny")
+    owner = next((owner for prefix, owner in OWNERS.items() if name.startswith(prefix)), None)
+    if "/" not in name and owner:
+        return f"{owner}/{name}"
+    if "/" not in name or name.startswith(("/", ".", "~")) or name.count("/") > 1:
+        raise UserError(f"--model {name}: there is no such directory, and a hub id is OWNER/NAME (or starts with {', '.join(OWNERS)})")
+    return name
+
+
 def from_hub_or_disk(loader, name, **options):
     """`loader.from_pretrained`, with the many ways in which it can fail turned into one line."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    if name.startswith(("/", ".", "~")) or name.count("/") > 1:  # a hub id is NAME or OWNER/NAME
-        if not os.path.isdir(name):
-            raise UserError(f"--model {name}: there is no such directory")
     try:
         return loader.from_pretrained(name, **options)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--model {name} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        if os.path.isdir(name):
+            raise UserError(f"--model {name} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+        raise UserError(
+            f"--model {name}: not on this machine and not to be had from the hub; check the name, log in if it is gated "
+            "(hf auth login), or download it where there is a network (hf download) and give its directory"
+        ) from error
 
 
 def load_tokenizer(name):
@@ -73,17 +100,39 @@ def load_model(name, device, dtype=torch.float32):
 
 
 def fastest_thread_count(model):
-    """Measures one forward pass with one thread and with all: for a small model, or on a busy machine, one is faster."""
+    """Measures a few forward passes with one thread and with all: for a small model, or on a busy machine, one is faster."""
+    if sum(p.numel() for p in model.parameters()) > 50e6:
+        return os.cpu_count() or 1
     ids, seconds = torch.zeros(64, 48, dtype=torch.long), {}
     for threads in (1, os.cpu_count() or 1):
         torch.set_num_threads(threads)
         with torch.no_grad():
-            model(input_ids=ids)  # warm-up
+            model(input_ids=ids, logits_to_keep=1)  # warm-up
             start = time.perf_counter()
             for _ in range(3):
-                model(input_ids=ids)
+                model(input_ids=ids, logits_to_keep=1)
         seconds[threads] = time.perf_counter() - start
     return min(seconds, key=seconds.get)
+
+
+def memory_estimate(model, device, args, longest_prompt):
+    """What a run will hold, in GB, computed and not measured: a dict weights, optimizer, cache, activations.
+
+    The larger of the last two counts: sampling and updating take turns. args: the flags of train.py.
+    """
+    config, parameters = model.config, list(model.parameters())
+    weights = sum(p.numel() * (p.element_size() + 4 * (args.algo == "grpo" and args.beta > 0)) for p in parameters)
+    optimizer = 12 * sum(p.numel() for p in parameters if p.requires_grad)  # fp32 gradients and AdamW's two moments
+    layers, width = config.num_hidden_layers, config.hidden_size
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or width // config.num_attention_heads
+    rows = min(args.rollout_batch_size, args.num_prompts * args.num_generations)
+    cache = 2 * layers * heads * head_dim * 4 * rows * (longest_prompt + args.max_completion_length)
+    inner = getattr(config, "intermediate_size", None) or 4 * width
+    layer = 30 * width + (8 if device.type == "cuda" else 16) * inner  # bytes a token, counted with saved_tensors_hooks
+    kept = layers * 4 * width + layer if args.gradient_checkpointing else layers * layer
+    parts = {"weights": weights, "optimizer": optimizer, "cache": cache, "activations": kept * args.max_tokens_per_batch}
+    return {name: size / 1e9 for name, size in parts.items()}
 
 
 def stop_token_ids(model, tokenizer):
@@ -111,7 +160,7 @@ def draw(logits, uniform, temperature):
 
 @torch.no_grad()
 def sample(model, prompts, num_generations, *, max_completion_length, temperature, stop_ids, generator):
-    """Samples `num_generations` completions for each prompt.
+    """Samples `num_generations` completions for each prompt, all at once: the caller bounds the number of rows.
 
     prompts: list of lists of token ids; max_completion_length in tokens, the stop token included; stop_ids: the tokens
     that end a completion; generator: a CPU torch.Generator, the only source of randomness (the same on every device).

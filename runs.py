@@ -1,6 +1,6 @@
 """A run's directory: opened fresh or refused, written atomically, resumed exactly, and drawn.
 
-What train.py leaves behind: args.json, metrics.jsonl (a row a step), completions.jsonl, curves.png and checkpoint-STEP/, a
+What train.py leaves behind (eval.py and cast.py use the same pieces): args.json, metrics.jsonl (a row a step), completions.jsonl, curves.png and checkpoint-STEP/, a
 transformers checkpoint that also holds what a resume needs: the optimizer's moments, the state of the random generator
 and the position in the data. Everything is safetensors and JSON: loading a run can't execute anything.
 """
@@ -14,11 +14,42 @@ from pathlib import Path
 from data import UserError
 
 
-def open_output_dir(args):
-    """The run's directory, fresh unless it is resumed. Raises UserError when it holds another run."""
+def add_common_flags(parser):
+    """The flags that every script has: where the run goes, how it goes on, seed and machine."""
+    parser.add_argument("--output-dir", help="where the run is written (default: a fresh directory under runs/)")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --output-dir; it brings its flags along")
+    parser.add_argument("--overwrite", action="store_true", help="replace the run in --output-dir")
+    parser.add_argument("--data-root", help="a directory with copies of hub data sets, one folder NAME each; it wins over the hub")
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything random (default: %(default)s)")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="auto takes the best there is")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 measures which of one and all is faster")
+
+
+def parse_resumable(parser, argv, free):
+    """Parses the flags. With --resume the run in --output-dir brings its own along; only those in `free` may be changed.
+
+    Raises UserError when there is no run in --output-dir, or when a flag contradicts it.
+    """
+    args = parser.parse_args(argv)
+    if not args.resume:
+        return args
+    if not args.output_dir or not (Path(args.output_dir) / "args.json").exists():
+        raise UserError("--resume needs --output-dir with a run in it (one that has an args.json)")
+    saved = json.loads((Path(args.output_dir) / "args.json").read_text())
+    parser.set_defaults(**{key: value for key, value in saved.items() if key not in ("resume", "overwrite", "output_dir")})
+    args = parser.parse_args(argv)
+    free = (*free, "resume", "overwrite", "output_dir", "device")
+    changed = [key.replace("_", "-") for key, value in saved.items() if key not in free and getattr(args, key) != value]
+    if changed:
+        raise UserError(f"a resumed run keeps its settings; leave out --{', --'.join(changed)}")
+    return args
+
+
+def open_output_dir(args, stem):
+    """The run's directory: --output-dir, or a fresh runs/STEM-N. Raises UserError when it holds another run."""
     if args.output_dir is None:
         number = 1
-        while (directory := Path("runs") / f"{args.algo}-{Path(args.model).name}-{number}").exists():
+        while (directory := Path("runs") / f"{stem}-{number}").exists():
             number += 1
         args.output_dir = str(directory)
     directory = Path(args.output_dir)
@@ -40,6 +71,23 @@ def write_json(path, value):
     os.replace(path.with_suffix(".tmp"), path)
 
 
+def read_jsonl(path):
+    """The rows of a .jsonl file up to the first that is not whole (it was being written when the run died)."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def write_jsonl(path, rows, mode="w"):
+    """Writes (or with mode "a" appends) a line a row."""
+    with path.open(mode) as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows))
+
+
 def latest_checkpoint(directory):
     """The checkpoint-N of the highest N in a run's directory, or None."""
     found = [path for path in Path(directory).glob("checkpoint-*") if path.name[11:].isdigit()]
@@ -48,19 +96,10 @@ def latest_checkpoint(directory):
 
 def rewind(directory, step):
     """Cuts metrics.jsonl and completions.jsonl back to `step`, the last one a checkpoint knows. Returns the metric rows."""
-    kept = {}
     for path in (directory / "completions.jsonl", directory / "metrics.jsonl"):
-        rows = []
-        for line in path.read_text().splitlines() if path.exists() else []:
-            try:
-                row = json.loads(line)
-            except ValueError:  # the line that was being written when the run died
-                break
-            if row["step"] <= step:
-                rows.append(row)
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        kept[path.stem] = rows
-    return kept["metrics"]
+        rows = [row for row in read_jsonl(path) if row["step"] <= step]
+        write_jsonl(path, rows)
+    return rows
 
 
 def save_checkpoint(directory, step, model, tokenizer, optimizer, generator, cursor):

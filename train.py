@@ -6,26 +6,33 @@
 One step is one rollout and the optimizer updates made on it:
 
     1. sample   G completions for each of num_prompts prompts                                   rollout.sample
-    2. reward   check each answer; group the rewards into advantages                            data.reward, grpo.group_advantages
+    2. reward   check each answer; group the rewards into advantages                            reward.is_right, grpo.group_advantages
     3. score    log-probs and entropies under the policy that sampled, kept as "old"            rollout.score
     4. update   steps_per_generation mini-batches x num_iterations epochs, one AdamW step each  grpo / dapo / tepo loss
 
-The three methods have the same gradient direction at the first update of a rollout, where pi = pi_old (GRPO weighs tokens
-by 1/|y_i|); they part at the later ones, so a setting with one update per rollout can't tell them apart.
+At the first update of a rollout, where pi = pi_old, TEPO and DAPO have the same gradient (and GRPO's only weighs the tokens
+by 1/|y_i|). They part at the later ones: a setting with one update per rollout can't tell them apart.
 """
 
 import argparse
-import json
+import math
 import sys
 import time
 from pathlib import Path
 
-from data import UserError, is_right, load_problems, take
-from runs import latest_checkpoint, load_trainer_state, open_output_dir, peak_memory_gb, plot_curves, rewind, save_checkpoint, write_json
+import data
+from data import UserError
+from reward import is_right
+from runs import (
+    add_common_flags, latest_checkpoint, load_trainer_state, open_output_dir, parse_resumable, peak_memory_gb, plot_curves,
+    rewind, save_checkpoint, write_json, write_jsonl,
+)  # fmt: skip
 
-# What works without a flag: on the embedded model, and on real ones (one 80 GB GPU).
-TINY = dict(data="arithmetic", steps=30, num_prompts=32, learning_rate=3e-5, max_completion_length=48, save_steps=0)
-REAL = dict(data="dapo-math-17k", steps=100, num_prompts=64, learning_rate=1e-6, max_completion_length=2048, save_steps=20)
+# What works without a flag: on the embedded model, and on real ones (one 80 GB GPU). --preset paper is Section 4.1 of TEPO,
+# whose "updated 8 times" and mini-batches of 16 of 64 prompts are read as 4 mini-batches x 2 epochs.
+TINY = dict(data="arithmetic", steps=30, num_prompts=32, learning_rate=3e-5, max_completion_length=48, rollout_batch_size=512, num_iterations=1, save_steps=0)  # fmt: skip
+REAL = dict(data="dapo-math-17k", steps=100, num_prompts=64, learning_rate=1e-6, max_completion_length=2048, rollout_batch_size=128, num_iterations=1, save_steps=20)  # fmt: skip
+PAPER = REAL | dict(steps=72, learning_rate=5e-7, max_completion_length=8192, num_iterations=2, rollout_batch_size=32)
 ALGO = {
     "grpo": dict(epsilon_high=0.2, beta=0.0, dynamic_sampling="off", overlong="none"),
     "dapo": dict(epsilon_high=0.28, beta=0.0, dynamic_sampling="refill", overlong="soft"),
@@ -38,95 +45,97 @@ def build_parser():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage=usage)
 
     def flag(name, default, help, kind=str, choices=None):
+        key = name[2:].replace("-", "_")
         if default is False:
             parser.add_argument(name, action="store_true", help=help)
-        elif default is None:
-            parser.add_argument(name, type=kind, choices=choices, help=help)
-        else:
+        elif default is not None:
             parser.add_argument(name, default=default, type=type(default), choices=choices, help=f"{help} (default: {default})")
-
-    def by_model(key):
-        return f" (default: {TINY[key]} on tiny, {REAL[key]} else)"
-
-    def by_algo(key):
-        return " (default: " + ", ".join(f"{values[key]} for {algo}" for algo, values in ALGO.items()) + ")"
+        else:  # the default is the model's or the algorithm's, filled in by parse_args
+            shown = f"{TINY[key]} on tiny, {REAL[key]} else" if key in TINY else ", ".join(f"{v[key]} for {a}" for a, v in ALGO.items())
+            parser.add_argument(name, type=kind, choices=choices, help=f"{help} (default: {shown})")
 
     flag("--algo", "tepo", "the objective", choices=list(ALGO))
-    flag("--model", "tiny", "a directory or a hub id; tiny is the embedded model")
-    flag("--data", None, "training problems: arithmetic" + by_model("data"))
-    flag("--output-dir", None, "where the run is written; default: a fresh directory under runs/")
-    flag("--resume", False, "go on with the run in --output-dir from its last checkpoint")
-    flag("--overwrite", False, "replace the run in --output-dir")
+    flag("--model", "tiny", "a directory, a hub id, or a known name such as Qwen2.5-1.5B; tiny is the embedded model")
+    flag("--data", None, f"training problems: {', '.join(data.names('train'))}, or a .jsonl/.parquet file or a folder")
+    parser.add_argument("--preset", choices=["paper"], help="defaults of the TEPO paper's Section 4.1, for a real model")
     # Sampling
-    flag("--steps", None, "rollouts to make" + by_model("steps"), int)
-    flag("--num-prompts", None, "prompts of a rollout" + by_model("num_prompts"), int)
+    flag("--steps", None, "rollouts to make", int)
+    flag("--num-prompts", None, "prompts of a rollout", int)
     flag("--num-generations", 8, "completions of a prompt, G")
-    flag("--max-completion-length", None, "tokens of a completion" + by_model("max_completion_length"), int)
+    flag("--max-prompt-length", 2048, "longer prompts are left out, never cut; in tokens")
+    flag("--max-completion-length", None, "tokens of a completion, at most", int)
     flag("--temperature", 1.0, "sampling temperature; log-probs are taken at it too")
-    flag("--dynamic-sampling", None, "groups of equal scores: off keeps them, filter drops them, refill samples on until the batch is full of mixed groups" + by_algo("dynamic_sampling"), choices=["off", "filter", "refill"])  # fmt: skip
+    flag("--rollout-batch-size", None, "completions sampled at once: bounds the key/value cache", int)
+    flag("--dynamic-sampling", None, "groups of equal scores: off keeps them, filter drops them, refill samples on until the batch is full of mixed groups", choices=["off", "filter", "refill"])  # fmt: skip
     flag("--max-sampling-rounds", 10, "cap on refill: rollouts of num-prompts prompts a step")
     # Reward
-    flag("--overlong", None, "soft: DAPO's punishment on the reward; filter: truncated completions leave the loss" + by_algo("overlong"), choices=["none", "soft", "filter"])  # fmt: skip
+    flag("--overlong", None, "soft: DAPO's punishment on the reward; filter: truncated completions leave the loss", choices=["none", "soft", "filter"])  # fmt: skip
     flag("--overlong-cache", 0, "tokens before the limit at which the soft punishment begins; 0: a fifth of the limit")
     flag("--reward-scale", "unit", "unit: 1 and 0 for right and wrong; dapo: +1 and -1", choices=["unit", "dapo"])
     # Objective
     flag("--epsilon", 0.2, "clip the ratio below 1 - epsilon")
-    flag("--epsilon-high", None, "clip the ratio above 1 + epsilon-high" + by_algo("epsilon_high"), float)
-    flag("--beta", None, "weight of the KL term: to the initial model in grpo, to the old policy in tepo" + by_algo("beta"), float)  # fmt: skip
+    flag("--epsilon-high", None, "clip the ratio above 1 + epsilon-high", float)
+    flag("--beta", None, "weight of the KL term: to the initial model in grpo, to the old policy in tepo", float)
     flag("--kl-mask", "positive", "tepo: tokens that carry the KL term", choices=["none", "all", "positive", "negative", "both"])
     flag("--entropy-change", "exact", "tepo: what decides the sign of dH", choices=["exact", "covariance"])
     # Optimizer
-    flag("--learning-rate", None, "AdamW's, constant" + by_model("learning_rate"), float)
+    flag("--learning-rate", None, "AdamW's, constant", float)
     flag("--adam-beta2", 0.95, "AdamW's second moment")
     flag("--weight-decay", 0.0, "AdamW's decoupled decay")
     flag("--max-grad-norm", 1.0, "gradient norm is clipped to this")
     flag("--steps-per-generation", 4, "mini-batches that a rollout is cut into, an update each")
-    flag("--num-iterations", 1, "epochs over a rollout")
+    flag("--num-iterations", None, "epochs over a rollout", int)
     flag("--max-tokens-per-batch", 16384, "padded tokens in one forward pass: lower it when out of memory")
     flag("--gradient-checkpointing", False, "recompute activations in the backward pass")
+    flag("--lora-rank", 0, "train low-rank adapters of this rank in place of all weights (pip install peft); 0: all weights")
     # House-keeping
-    flag("--seed", 0, "seed of the prompts' order and of the sampling")
-    flag("--device", "auto", "where to run; auto takes the best there is", choices=["auto", "cpu", "cuda", "mps"])
-    flag("--threads", 0, "CPU threads; 0: measure which of one and all is faster")
-    flag("--save-steps", None, "checkpoint every so many steps, and at the end; 0: only at the end" + by_model("save_steps"), int)
+    flag("--save-steps", None, "checkpoint every so many steps, and at the end; 0: only at the end", int)
     flag("--log-completions-steps", 10, "write a few completions every so many steps")
+    add_common_flags(parser)
     return parser
 
 
 def parse_args(argv=None):
-    """Flags, with the defaults of the algorithm and the model filled in; a resumed run brings its own flags along."""
+    """Flags, with the defaults of the algorithm and the model filled in. Raises UserError on a combination that can't work."""
     parser = build_parser()
-    args = parser.parse_args(argv)
-    if args.resume:
-        if not args.output_dir or not (Path(args.output_dir) / "args.json").exists():
-            raise UserError("--resume needs --output-dir with a run in it (one that has an args.json)")
-        saved = json.loads((Path(args.output_dir) / "args.json").read_text())
-        parser.set_defaults(**{key: value for key, value in saved.items() if key not in ("resume", "output_dir")})
-        args = parser.parse_args(argv)
-        free = ("resume", "overwrite", "output_dir", "steps", "save_steps", "log_completions_steps", "device")
-        changed = [key for key, value in saved.items() if key not in free and getattr(args, key) != value]
-        if changed:
-            raise UserError("a resumed run keeps its settings; leave out --" + ", --".join(changed).replace("_", "-"))
-    for key, value in {**(TINY if Path(args.model).name == "tiny" else REAL), **ALGO[args.algo]}.items():
+    args = parse_resumable(parser, argv, free=("steps", "save_steps", "log_completions_steps"))
+    by_model = PAPER if args.preset else TINY if Path(args.model).name == "tiny" else REAL
+    for key, value in {**by_model, **ALGO[args.algo]}.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
+    args.overlong_cache = args.overlong_cache or max(1, args.max_completion_length // 5)
 
     if args.algo == "dapo" and args.beta:
         raise UserError("--beta: dapo has no KL term; use --algo tepo or grpo")
-    tepo_only = [key for key in ("kl_mask", "entropy_change") if getattr(args, key) != parser.get_default(key)]
-    if args.algo != "tepo" and tepo_only and not args.resume:
-        raise UserError(f"--{tepo_only[0].replace('_', '-')} belongs to --algo tepo, not {args.algo}")
+    for key in ("kl_mask", "entropy_change"):
+        if args.algo != "tepo" and getattr(args, key) != parser.get_default(key):
+            raise UserError(f"--{key.replace('_', '-')} belongs to --algo tepo, not {args.algo}")
     if args.temperature <= 0:
         raise UserError("--temperature must be above 0 in training: greedy completions are all the same and carry no advantage")
     if args.num_generations < 2:
         raise UserError("--num-generations must be at least 2: a group of one is its own mean and has no advantage")
-    for key in ("steps", "num_prompts", "max_completion_length", "steps_per_generation", "num_iterations", "max_sampling_rounds"):
+    for key in ("steps", "num_prompts", "max_prompt_length", "max_completion_length", "rollout_batch_size", "max_sampling_rounds",
+                "steps_per_generation", "num_iterations", "max_tokens_per_batch", "log_completions_steps"):  # fmt: skip
         if getattr(args, key) < 1:
             raise UserError(f"--{key.replace('_', '-')} must be at least 1")
     if args.steps_per_generation > args.num_prompts:
         raise UserError(f"--steps-per-generation {args.steps_per_generation}: a mini-batch needs a prompt, and there are {args.num_prompts}")
-    args.overlong_cache = args.overlong_cache or max(1, args.max_completion_length // 5)
+    if not 0 < args.epsilon < 1 or args.epsilon_high <= 0 or args.beta < 0 or args.learning_rate <= 0:
+        raise UserError("--epsilon must be in (0, 1), --epsilon-high and --learning-rate above 0, --beta at least 0")
+    if args.overlong_cache > args.max_completion_length:
+        raise UserError("--overlong-cache can't be longer than --max-completion-length")
     return args
+
+
+def with_adapters(model, rank, checkpoint):
+    """The model with LoRA adapters on every linear layer, fresh or from a checkpoint; all else is frozen."""
+    try:
+        from peft import LoraConfig, PeftModel, get_peft_model
+    except ImportError:
+        raise UserError("--lora-rank needs peft: pip install peft") from None
+    if checkpoint:
+        return PeftModel.from_pretrained(model, checkpoint, is_trainable=True)
+    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear"))
 
 
 def objective(args, batch, logp, entropy, totals):
@@ -135,7 +144,7 @@ def objective(args, batch, logp, entropy, totals):
     from grpo import grpo_loss
     from tepo import covariance_entropy_change, exact_entropy_change, tepo_loss
 
-    tensors = (logp, batch["old_logp"], batch["advantages"], batch["mask"])
+    tensors = (logp, batch["old_logp"], batch["advantages"], batch["loss_mask"])
     clip = dict(epsilon_low=args.epsilon, epsilon_high=args.epsilon_high)
     if args.algo == "grpo":
         return grpo_loss(*tensors, num_sequences=totals["sequences"], beta=args.beta, ref_logp=batch.get("ref_logp"), **clip)
@@ -157,15 +166,24 @@ def train(args):
 
     from dapo import dynamic_sampling, mixed_groups, overlong_filter, soft_overlong_punishment
     from grpo import group_advantages
-    from rollout import collate, fastest_thread_count, load_model, load_tokenizer, micro_batches, pick_device, sample, score, stop_token_ids
+    from rollout import (
+        collate, fastest_thread_count, load_model, load_tokenizer, memory_estimate, micro_batches, pick_device, resolve_model,
+        sample, score, stop_token_ids,
+    )  # fmt: skip
 
-    device = pick_device(args.device)
+    device, name = pick_device(args.device), resolve_model(args.model)
     resumed = latest_checkpoint(args.output_dir) if args.resume else None
-    tokenizer = load_tokenizer(args.model)
-    problems = load_problems(args.data, "train")
-    model = load_model(str(resumed or args.model), device)
-    reference = load_model(args.model, device).requires_grad_(False) if args.algo == "grpo" and args.beta else None
-    directory = open_output_dir(args)
+    tokenizer = load_tokenizer(name)
+    problems, counts = data.load_problems(args.data, "train", args.data_root)
+    problems, too_long, how = data.encode_prompts(problems, tokenizer, args.max_prompt_length)
+    # fp32 master weights; the frozen base of a LoRA run can be bf16 on a GPU, since no update is ever added to it.
+    base_dtype = torch.bfloat16 if args.lora_rank and device.type == "cuda" else torch.float32
+    model = load_model(name if args.lora_rank or not resumed else str(resumed), device, base_dtype)
+    if args.lora_rank:
+        torch.manual_seed(args.seed)
+        model = with_adapters(model, args.lora_rank, resumed)
+    reference = load_model(name, device).requires_grad_(False) if args.algo == "grpo" and args.beta else None
+    directory = open_output_dir(args, f"{args.algo}-{Path(args.model).name}")
     if device.type == "cpu":
         args.threads = args.threads or fastest_thread_count(model)
         torch.set_num_threads(args.threads)
@@ -183,27 +201,33 @@ def train(args):
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
     stop_ids, pad_id = stop_token_ids(model, tokenizer), tokenizer.pad_token_id or 0
 
-    print(f"{args.algo} on {args.model}: {sum(p.numel() for p in parameters):,} trained parameters, {device}"
-          + (f", {args.threads} thread(s)" if device.type == "cpu" else ""))  # fmt: skip
-    print(f"{args.data}: {len(problems):,} problems; the first: {problems[0]['prompt']!r} -> {problems[0]['answer']!r}")
+    longest = max(len(problem["prompt_ids"]) for problem in problems)
+    print(f"{args.algo} on {name}: {sum(p.numel() for p in parameters):,} trained parameters on {device}"
+          + (f" with {args.threads} thread(s)" if device.type == "cpu" else "") + "; expected memory: "
+          + ", ".join(f"{gb:.1f} GB {part}" for part, gb in memory_estimate(model, device, args, longest).items()))  # fmt: skip
+    print(f"{args.data}: {', '.join(f'{count:,} {reason}' for reason, count in counts.items())}, {too_long} longer than {args.max_prompt_length} tokens; {how}")
+    print(f"  first prompt {data.render(problems[0], tokenizer)[0]!r}\n  its gold answer {problems[0]['answer']!r}; stop tokens {tokenizer.convert_ids_to_tokens(stop_ids)}")
     print(f"a step: {args.num_prompts} prompts x {args.num_generations} completions of at most {args.max_completion_length} tokens, "
-          f"{args.steps_per_generation * args.num_iterations} updates; writing to {directory}")  # fmt: skip
+          f"{args.steps_per_generation} mini-batches x {args.num_iterations} epoch(s) = {args.steps_per_generation * args.num_iterations} updates; "
+          f"writing to {directory}")  # fmt: skip
 
     def sample_groups(count):
         """Samples and judges `count` fresh prompts; returns their groups and which of them are mixed."""
         nonlocal cursor
-        chosen = take(problems, cursor, count, args.seed)
+        chosen = data.take(problems, cursor, count, args.seed)
         cursor += count
-        prompt_ids = [tokenizer(problem["prompt"]).input_ids for problem in chosen]
-        with autocast:
-            samples = sample(
-                model, prompt_ids, args.num_generations, max_completion_length=args.max_completion_length,
-                temperature=args.temperature, stop_ids=stop_ids, generator=generator,
-            )  # fmt: skip
+        samples, at_once = [], max(1, args.rollout_batch_size // args.num_generations)
+        for start in range(0, count, at_once):
+            with autocast:
+                samples += sample(
+                    model, [problem["prompt_ids"] for problem in chosen[start : start + at_once]], args.num_generations,
+                    max_completion_length=args.max_completion_length, temperature=args.temperature, stop_ids=stop_ids,
+                    generator=generator,
+                )  # fmt: skip
         for i, s in enumerate(samples):
             s["problem"] = chosen[i // args.num_generations]
             s["text"] = tokenizer.decode(s["completion_ids"], skip_special_tokens=True)
-            s["right"] = float(is_right(s["text"], s["problem"]["answer"]))
+            s["right"] = float(is_right(s["text"], s["problem"]["answer"], s["problem"]["styles"]))
             s["reward"] = 2 * s["right"] - 1 if args.reward_scale == "dapo" else s["right"]
         if args.overlong == "soft":
             lengths = torch.tensor([len(s["completion_ids"]) for s in samples])
@@ -224,16 +248,17 @@ def train(args):
                 batch["old_logp"], batch["old_entropy"] = score(model, batch, args.temperature)
                 if reference:
                     batch["ref_logp"], _ = score(reference, batch, args.temperature)
-            if args.overlong == "filter":
-                batch["loss_mask"] = overlong_filter(batch["mask"], torch.tensor([s["truncated"] for s in packed], device=device))
+            truncated = torch.tensor([s["truncated"] for s in packed], device=device)
+            batch["loss_mask"] = overlong_filter(batch["mask"], truncated) if args.overlong == "filter" else batch["mask"]
             batches.append(batch)
-        masks = [batch.get("loss_mask", batch["mask"]) for batch in batches]
-        tokens = sum(mask.sum().item() for mask in masks)
-        totals = {"tokens": tokens, "sequences": sum(mask.any(dim=1).sum().item() for mask in masks)}
-        pairs = list(zip(batches, masks))
-        totals["mean_logp"] = sum((b["old_logp"] * m).sum().item() for b, m in pairs) / max(tokens, 1)
-        totals["mean_advantage"] = sum((b["advantages"].unsqueeze(1) * m).sum().item() for b, m in pairs) / max(tokens, 1)
-        return batches, totals
+        total = lambda value_of: sum((value_of(batch) * batch["loss_mask"]).sum().item() for batch in batches)  # noqa: E731
+        tokens = total(lambda batch: 1)
+        return batches, {
+            "tokens": tokens,
+            "sequences": sum(batch["loss_mask"].any(dim=1).sum().item() for batch in batches),
+            "mean_logp": total(lambda batch: batch["old_logp"]) / max(tokens, 1),
+            "mean_advantage": total(lambda batch: batch["advantages"].unsqueeze(1)) / max(tokens, 1),
+        }
 
     bar = tqdm(total=args.steps, initial=step, desc=args.algo, disable=None)
     while step < args.steps:
@@ -268,8 +293,8 @@ def train(args):
             for batch in batches:
                 with autocast:
                     logp, entropy = score(model, batch, args.temperature)
-                mask = batch.get("loss_mask", batch["mask"])
-                loss, parts = objective(args, {**batch, "mask": mask}, logp, entropy, totals)
+                mask = batch["loss_mask"]
+                loss, parts = objective(args, batch, logp, entropy, totals)
                 loss.backward()
                 sums["tokens"] += mask.sum().item()
                 sums["entropy"] += entropy[mask].sum().item()
@@ -277,12 +302,15 @@ def train(args):
                     sums[key] += parts[key][mask].sum().item()
                 deviation = max(deviation, (parts["ratio"] - 1)[mask].abs().max().item() if mask.any() else 0.0)
             grad_norms.append(torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).item())
+            if not math.isfinite(grad_norms[-1]):
+                raise UserError(f"step {step}: the gradient is {grad_norms[-1]}, so training stops before it reaches the weights; "
+                                "--resume goes on from the last checkpoint, a lower --learning-rate may get past it")  # fmt: skip
             optimizer.step()
         clock.append(time.perf_counter())
 
         # 5. log
         lengths = [len(s["completion_ids"]) for s in everyone]
-        per_token = {key: value / max(sums["tokens"], 1) for key, value in sums.items()}
+        per_token = {key: value / sums["tokens"] if sums["tokens"] else None for key, value in sums.items()}
         mean = lambda values: sum(values) / max(len(values), 1)  # noqa: E731
         seconds = [after - before for before, after in zip(clock, clock[1:])]
         rows.append({
@@ -308,17 +336,19 @@ def train(args):
             "peak_memory_gb": peak_memory_gb(device),
         })  # fmt: skip
         row = rows[-1]
-        with (directory / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        write_jsonl(directory / "metrics.jsonl", [row], mode="a")
         if step % args.log_completions_steps == 0 or step in (1, args.steps):
-            with (directory / "completions.jsonl").open("a") as file:
-                for group in sampled[:2]:
-                    for s in group[:2]:
-                        record = {"step": step, "prompt": s["problem"]["prompt"], "completion": s["text"], "reward": s["reward"]}
-                        file.write(json.dumps({**record, "answer": s["problem"]["answer"], "truncated": s["truncated"]}) + "\n")
+            write_jsonl(directory / "completions.jsonl", [
+                {"step": step, "prompt": s["problem"]["prompt"], "completion": s["text"], "reward": s["reward"],
+                 "answer": s["problem"]["answer"], "truncated": s["truncated"]}
+                for group in sampled[:2] for s in group[:2]
+            ], mode="a")  # fmt: skip
+        # (a step of which every group was filtered out has no update, and null for what is measured while updating)
+        updated = "no mixed group, no update" if not grad_norms else (
+            f"entropy {row['entropy']:.3f}  clip {row['clip_ratio/low'] + row['clip_ratio/high']:.4f}  kl {row['kl']:.4f}  grad {row['grad_norm']:.2f}"
+        )  # fmt: skip
         tqdm.write(f"step {step:3d}  reward {row['reward']:+.3f}  right {row['accuracy']:.3f}  equal groups {row['frac_reward_zero_std']:.2f}  "
-                   f"length {row['completions/mean_length']:.1f}  entropy {row['entropy']:.3f}  clip {row['clip_ratio/low'] + row['clip_ratio/high']:.4f}  "
-                   f"kl {row['kl']:.4f}  grad {row['grad_norm']:.2f}  {sum(seconds):.1f} s")  # fmt: skip
+                   f"length {row['completions/mean_length']:.1f}  {updated}  {sum(seconds):.1f} s")  # fmt: skip
         bar.update()
         if step == args.steps or args.save_steps and step % args.save_steps == 0:
             save_checkpoint(directory, step, model, tokenizer, optimizer, generator, cursor)

@@ -53,3 +53,16 @@ def models():
         return cache[family]
 
     return get
+
+
+def build_checkpoint(folder, family, **options):
+    """A checkpoint directory of a small random model of the family with a real BPE tokenizer. Returns its path as text."""
+    from experiments.shapes import build_tokenizer
+
+    tokenizer = build_tokenizer(**options)
+    eos = tokenizer.eos_token_id
+    model = build_model(family, vocab_size=len(tokenizer), eos_token_id=eos, pad_token_id=eos, max_position_embeddings=512)
+    model.generation_config.eos_token_id = [eos, tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)

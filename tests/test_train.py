@@ -106,6 +106,24 @@ def test_a_run_leaves_what_it_promises(tmp_path):
     assert model.config.num_key_value_heads == 4
 
 
+def test_steps_take_fresh_prompts_and_every_epoch_updates(tmp_path):
+    rows = run(tmp_path / "run", "--steps", "3", "--num-iterations", "2", "--dynamic-sampling", "off", "--log-completions-steps", "1")
+    lines = (tmp_path / "run" / "completions.jsonl").read_text().splitlines()
+    prompts = {step: {line["prompt"] for line in map(json.loads, lines) if line["step"] == step} for step in (1, 2, 3)}
+    assert not prompts[1] & prompts[2] and not prompts[2] & prompts[3]
+    assert [row["updates"] for row in rows] == [6, 6, 6]
+
+
+def test_optimizer_flags_reach_the_optimizer(tmp_path):
+    flags = {"plain": "", "decay": "--weight-decay 0.5", "beta2": "--adam-beta2 0.5", "clip": "--max-grad-norm 1e-3", "lr": "--learning-rate 1e-4"}
+    moved = {}
+    for name, extra in flags.items():
+        run(tmp_path / name, "--steps", "1", "--dynamic-sampling", "off", *extra.split())
+        moved[name] = load_file(tmp_path / name / "checkpoint-1" / "model.safetensors")["model.norm.weight"]
+    names = list(moved)
+    assert all(not torch.equal(moved[a], moved[b]) for i, a in enumerate(names) for b in names[:i])
+
+
 def test_refill_trains_on_mixed_groups_only_and_reports_the_reward_of_all(tmp_path):
     rows = run(tmp_path / "run", "--algo", "dapo", "--steps", "1", "--num-generations", "2", "--max-sampling-rounds", "9")
     row = rows[0]
@@ -123,7 +141,9 @@ def test_a_step_without_any_mixed_group_is_survived(tmp_path):
 
 @pytest.mark.parametrize("flags, message", [
     ("--model no/such/model/dir", "there is no such directory"),
-    ("--model nobody/has-this", "cannot be loaded"),
+    ("--model no-such-model", "OWNER/NAME"),
+    ("--model nobody/has-this", "nobody/has-this: not on this machine"),
+    ("--model Qwen2.5-1.5B", "Qwen/Qwen2.5-1.5B: not on this machine"),
     ("--data no-such-data", "unknown"),
     ("--algo dapo --beta 0.1", "dapo has no KL term"),
     ("--algo grpo --kl-mask all", "belongs to --algo tepo"),

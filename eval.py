@@ -1,0 +1,251 @@
+"""Evaluate a model: sample completions for held-out problems with the training's own sampler, judge them, and count.
+
+    python eval.py                                             # the embedded model on the embedded held-out sums
+    python eval.py --model runs/tepo-tiny-1                    # a run of train.py (its last checkpoint)
+    python eval.py --model DIR_OR_ID --data math500,aime24 --protocol tepo
+
+What is reported of n samples for each problem, c of them right:
+
+    avg@n   mean of c/n over the problems, with its standard error over problems (not over samples: those of one problem
+            are alike, so counting them as independent makes a table look surer than it is)
+    pass@k  mean of 1 - C(n-c, k)/C(n, k): the chance that k of the samples hold a right one (Chen et al. 2021, unbiased)
+    maj@n   the share of problems whose most frequent answer is right; a tie counts by the right share of the tied answers
+
+A score means little without its prompt: the rendered first prompt, the seed and the versions stand in results.json, and
+every sample in samples.jsonl. An interrupted evaluation goes on with --resume. --protocol tepo is the paper's Section 4.1:
+temperature 0.6 and 32 samples for AIME and AMC, greedy and one sample for the rest, 8192 tokens.
+"""
+
+import argparse
+import json
+import math
+import sys
+import zlib
+from collections import Counter
+from importlib.metadata import version
+from pathlib import Path
+
+import data
+from data import UserError
+from reward import extract_answer, is_right, normalise
+from runs import add_common_flags, open_output_dir, parse_resumable, read_jsonl, write_json, write_jsonl
+
+MANY_SAMPLES = ("aime24", "aime25", "amc23", "amc")  # small sets: the paper samples them 32 times
+
+
+def average(counts, n):
+    """avg@n and its standard error over problems. counts: right samples of each problem, out of n."""
+    shares = [c / n for c in counts]
+    mean = sum(shares) / len(shares)
+    if len(shares) < 2:
+        return mean, float("nan")
+    variance = sum((share - mean) ** 2 for share in shares) / (len(shares) - 1)
+    return mean, math.sqrt(variance / len(shares))
+
+
+def pass_at_k(counts, n, k):
+    """The unbiased pass@k: mean over problems of 1 - C(n-c, k)/C(n, k). Raises ValueError unless 1 <= k <= n."""
+    if not 1 <= k <= n:
+        raise ValueError(f"pass@k needs 1 <= k <= {n} samples, not {k}")
+    return sum(1 - math.comb(n - c, k) / math.comb(n, k) for c in counts) / len(counts)
+
+
+def majority(answers, verdicts):
+    """Whether the most frequent answer is right, in [0, 1]: tied answers share the vote.
+
+    answers: one hashable (or None: no answer, which never gets a vote) a sample; verdicts: whether each is right.
+    """
+    votes = Counter(answer for answer in answers if answer is not None)
+    if not votes:
+        return 0.0
+    right = {answer: verdict for answer, verdict in zip(answers, verdicts)}
+    tied = [answer for answer, count in votes.items() if count == max(votes.values())]
+    return sum(right[answer] for answer in tied) / len(tied)
+
+
+def summarise(rows, n):
+    """The results of one data set. rows: its lines of samples.jsonl; n: samples of each problem."""
+    problems = {}
+    for row in rows:
+        problems.setdefault(row["problem"], []).append(row)
+    counts = [sum(row["right"] for row in group) for group in problems.values()]
+    mean, error = average(counts, n)
+    votes = [majority([row["vote"] for row in group], [row["right"] for row in group]) for group in problems.values()]
+    return {
+        "problems": len(counts), "samples": n, f"avg@{n}": mean, "stderr": error,
+        **{f"pass@{k}": pass_at_k(counts, n, k) for k in sorted({2**i for i in range(1, 11) if 2**i < n} | {n}) if k > 1},
+        f"maj@{n}": sum(votes) / len(votes),
+        "mean_length": sum(row["length"] for row in rows) / len(rows),
+        "truncated": sum(row["truncated"] for row in rows) / len(rows),
+    }  # fmt: skip
+
+
+def print_table(results):
+    """One line a data set; scores in percent, the average with its standard error."""
+    print(f"{'data':<14}{'problems':>9}{'avg@n':>8}{'+-':>6}{'n':>5}{'pass@n':>8}{'maj@n':>8}{'length':>9}{'truncated':>11}")
+    for name, r in results.items():
+        n = r["samples"]
+        line = f"{name:<14}{r['problems']:>9}{100 * r[f'avg@{n}']:>8.2f}{100 * r['stderr']:>6.2f}{n:>5}"
+        line += f"{100 * r.get(f'pass@{n}', r[f'avg@{n}']):>8.2f}{100 * r[f'maj@{n}']:>8.2f}"
+        print(line + f"{r['mean_length']:>9.1f}{100 * r['truncated']:>10.1f}%")
+    if len(results) > 1:
+        print(f"mean of the avg@n column: {100 * sum(r['avg@' + str(r['samples'])] for r in results.values()) / len(results):.2f}")
+
+
+def settings_of(name, args):
+    """(samples a problem, temperature) for a data set."""
+    if args.protocol == "tepo":
+        return (32, 0.6) if name in MANY_SAMPLES else (1, 0.0)
+    return args.num_samples, args.temperature
+
+
+def evaluate(model, tokenizer, name, problems, args, path, done):
+    """Samples and judges one data set, appending a line a sample to `path`. done: lines of an earlier, interrupted run.
+
+    A batch of problems has a seed of its own, made of --seed, the name and its place, so that a resumed evaluation gives
+    what an uninterrupted one gives. problems: with their prompt_ids. Returns the lines of this data set.
+    """
+    import torch
+    from tqdm import tqdm
+
+    from rollout import sample, stop_token_ids
+
+    n, temperature = settings_of(name, args)
+    rows = [row for row in done if row["data"] == name]
+    size = max(1, args.batch_size // n)
+    bar = tqdm(total=len(problems), desc=name, disable=None)
+    for start in range(0, len(problems), size):
+        batch = problems[start : start + size]
+        bar.update(len(batch))
+        if len(rows) >= (start + len(batch)) * n:
+            continue
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{args.seed} {name} {start}".encode()))
+        samples = sample(
+            model, [p["prompt_ids"] for p in batch], n, max_completion_length=args.max_completion_length,
+            temperature=temperature, stop_ids=stop_token_ids(model, tokenizer), generator=generator,
+        )  # fmt: skip
+        new = []
+        for i, s in enumerate(samples):
+            problem = batch[i // n]
+            text = tokenizer.decode(s["completion_ids"], skip_special_tokens=True)
+            answer = extract_answer(text, problem["styles"])
+            new.append({
+                "data": name, "problem": start + i // n, "prompt": problem["prompt"], "answer": problem["answer"],
+                "completion": text, "vote": None if answer is None else normalise(answer), "length": len(s["completion_ids"]),
+                "truncated": s["truncated"], "right": is_right(text, problem["answer"], problem["styles"]),
+            })  # fmt: skip
+        write_jsonl(path, new, mode="a")
+        rows += new
+    bar.close()
+    return rows
+
+
+def whole_batches(path, args):
+    """The lines of an interrupted run up to its last whole batch; what was half written is cut off the file."""
+    kept, rows = [], read_jsonl(path)
+    for name in dict.fromkeys(row["data"] for row in rows):
+        n, _ = settings_of(name, args)
+        mine = [row for row in rows if row["data"] == name]
+        broken = len(mine) % (max(1, args.batch_size // n) * n) if name == rows[-1]["data"] else 0
+        kept += mine[: len(mine) - broken]
+    write_jsonl(path, kept)
+    return kept
+
+
+def load_lm_eval():
+    """lm-evaluation-harness's (simple_evaluate, HFLM). Raises UserError when it is not installed."""
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+    except ImportError:
+        raise UserError("--lm-eval needs lm-evaluation-harness: pip install lm-eval==0.4.13") from None
+    return simple_evaluate, HFLM
+
+
+def parse_args(argv=None):
+    usage = "python eval.py [--model DIR_OR_ID] [--data NAME,NAME,...] [flags]   (--help explains them)"
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage=usage)
+    parser.add_argument("--model", default="tiny", help="a directory, a run of train.py, or a hub id (default: %(default)s)")
+    parser.add_argument("--data", help="data sets, comma-separated: " + ", ".join(data.names("test")) + ", or paths (default: arithmetic for the embedded model and what was trained from it, else math500)")  # fmt: skip
+    parser.add_argument("--num-samples", type=int, default=8, help="samples of each problem (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.6, help="0 is greedy (default: %(default)s)")
+    parser.add_argument("--protocol", choices=["tepo"], help="the paper's samples and temperatures, data set by data set")
+    parser.add_argument("--max-completion-length", type=int, help="tokens (default: 8192, or half of the positions the model has)")
+    parser.add_argument("--max-prompt-length", type=int, default=2048, help="longer prompts are left out (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=256, help="completions sampled at once (default: %(default)s)")
+    parser.add_argument("--limit", type=int, default=0, help="take only the first so many problems; 0: all")
+    parser.add_argument("--lm-eval", metavar="TASKS", help="run these lm-evaluation-harness tasks too (pip install lm-eval==0.4.13)")
+    add_common_flags(parser)
+    args = parse_resumable(parser, argv, free=())
+    if args.temperature < 0 or min(args.num_samples, args.batch_size, args.max_prompt_length) < 1:
+        raise UserError("--num-samples, --batch-size and --max-prompt-length must be at least 1, --temperature at least 0")
+    if args.temperature == 0 and args.num_samples > 1 and not args.protocol:
+        raise UserError(f"--temperature 0 gives the same completion {args.num_samples} times: use --num-samples 1")
+    return args
+
+
+def default_data(model):
+    """The set to evaluate on when none is named: the embedded one for the embedded model and for runs that trained on it."""
+    for folder in (Path(model), Path(model).parent):
+        if (folder / "args.json").exists():
+            return "arithmetic" if json.loads((folder / "args.json").read_text()).get("data") == "arithmetic" else "math500"
+    return "arithmetic" if Path(model).name == "tiny" else "math500"
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    import torch
+
+    from rollout import fastest_thread_count, load_model, load_tokenizer, pick_device, resolve_model
+
+    args.model = resolve_model(args.model)
+    args.data = args.data or default_data(args.model)
+    names = args.data.split(",")
+    device, tokenizer = pick_device(args.device), load_tokenizer(args.model)
+    if args.lm_eval:
+        simple_evaluate, HFLM = load_lm_eval()
+    sets = {}
+    for name in names:  # before the model is loaded, so that a wrong name is told at once
+        problems, counts = data.load_problems(name, "test", args.data_root)
+        problems, too_long, how = data.encode_prompts(problems, tokenizer, args.max_prompt_length)
+        sets[name] = problems[: args.limit or None]
+        n, temperature = settings_of(name, args)
+        print(f"{name}: {', '.join(f'{count:,} {reason}' for reason, count in counts.items())}, {too_long} longer than {args.max_prompt_length} tokens; "
+              f"{len(sets[name])} problems x {n} samples at temperature {temperature}; {how}\n"
+              f"  first prompt {data.render(problems[0], tokenizer)[0]!r}\n  its gold answer {problems[0]['answer']!r}")  # fmt: skip
+    model = load_model(args.model, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    if args.max_completion_length is None:
+        args.max_completion_length = min(8192, model.config.max_position_embeddings // 2)
+    directory = open_output_dir(args, "eval")
+    if device.type == "cpu":
+        torch.set_num_threads(args.threads or fastest_thread_count(model))
+    write_json(directory / "args.json", vars(args))
+
+    path = directory / "samples.jsonl"
+    done = whole_batches(path, args)
+    results = {}
+    for name, problems in sets.items():
+        rows = evaluate(model, tokenizer, name, problems, args, path, done)
+        results[name] = summarise(rows, settings_of(name, args)[0])
+    print_table(results)
+    scores = None
+    if args.lm_eval:
+        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=args.batch_size)
+        scores = simple_evaluate(model=wrapped, tasks=args.lm_eval.split(","), limit=args.limit or None)["results"]
+        print(json.dumps(scores, indent=1, default=str))
+    versions = {package: version(package) for package in ("torch", "transformers", "datasets", "math-verify")}
+    record = {"results": results, "lm_eval": scores, "first_prompts": {name: data.render(p[0], tokenizer)[0] for name, p in sets.items()}, "args": vars(args), "versions": versions}
+    write_json(directory / "results.json", record)
+    print(f"results.json and samples.jsonl are in {directory}")
+    return results
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        print(f"eval.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; --resume --output-dir DIR goes on", file=sys.stderr)
+        sys.exit(130)
