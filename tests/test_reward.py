@@ -35,6 +35,7 @@ TABLE = r"""
 12,34 | 1234 | no
 2, 345 | 2345 | no
 2 3 | 6 | no
+2 3x | 6x | no
 42. | 42 | yes
 $42$ | 42 | yes
 \(42\) | 42 | yes
@@ -477,8 +478,10 @@ def test_a_worker_that_is_killed_from_outside_costs_no_answer():
 
 
 def test_it_works_off_the_main_thread_and_from_many_threads_at_once():
-    pairs = [(f"{i}x+{i}", f"{i}(x+1)", True) for i in range(2, 20)] + [(f"{i}x+{i}", f"{i}(x+2)", False) for i in range(2, 20)]
+    pairs = [(f"{i}x+{i}", f"{i}(x+{1 + i % 2})", i % 2 == 0) for i in range(2, 42)]  # right and wrong in turn: a swapped reply shows
     verdicts = {}
+    assert reward.ask("x", "x") is True
+    worker = reward._worker
 
     def judge(index):
         verdicts[index] = is_right(f"\\boxed{{{pairs[index][0]}}}", pairs[index][1])
@@ -489,6 +492,7 @@ def test_it_works_off_the_main_thread_and_from_many_threads_at_once():
     for thread in threads:
         thread.join()
     assert [verdicts[i] for i in range(len(pairs))] == [pair[2] for pair in pairs]
+    assert reward._worker is worker  # one for all, and nobody read another's reply
 
 
 def test_an_interrupt_leaves_no_reply_for_the_next_answer(monkeypatch):
@@ -506,9 +510,10 @@ def test_an_interrupt_leaves_no_reply_for_the_next_answer(monkeypatch):
 
 def test_a_forked_process_has_a_worker_of_its_own():
     assert reward.ask("x", "x") is True
+    parents = reward._worker.pid
     child = os.fork()
     if child == 0:
-        os._exit(0 if reward.ask("x+1", "1+x") is True and reward.ask("x", "y") is False else 1)
+        os._exit(0 if reward.ask("x", "x") is True and reward._worker.pid != parents and reward.ask("x+1", "1+x") is True and reward.ask("x", "y") is False else 1)
     assert os.waitpid(child, 0)[1] == 0
     assert reward.ask("x", "y") is False and reward.ask("x", "x") is True
 

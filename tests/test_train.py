@@ -206,3 +206,26 @@ def test_nothing_but_train_knows_the_others():
         assert all(line.startswith(allowed) for line in imports(name)), name
     for path in ROOT.glob("*.py"):
         assert not any(line.split()[1] == "train" for line in imports(path.name))
+
+
+def test_lora_trains_adapters_only_and_its_checkpoint_loads_and_resumes(tmp_path):
+    pytest.importorskip("peft")
+    from rollout import collate, load_model, resolve_model, score
+
+    flags = ["--lora-rank", "4", "--learning-rate", "1e-3", "--gradient-checkpointing"]
+    whole = run(tmp_path / "whole", *flags, "--steps", "2")
+    run(tmp_path / "parts", *flags, "--steps", "1")
+    parts = run(tmp_path / "parts", "--resume", "--steps", "2")
+    assert exact(whole) == exact(parts)
+    saved = {name: load_file(tmp_path / name / "checkpoint-2" / "adapter_model.safetensors") for name in ("whole", "parts")}
+    assert all(torch.equal(saved["whole"][key], saved["parts"][key]) for key in saved["whole"])
+    assert all("lora" in key for key in saved["whole"]) and any(tensor.any() for key, tensor in saved["whole"].items() if "lora_B" in key)
+    batch = collate([{"prompt_ids": [5, 6], "completion_ids": [7, 8, 9]}], 0, "cpu")
+    trained, base = load_model(resolve_model(str(tmp_path / "whole")), "cpu"), load_model("tiny", "cpu")
+    assert not torch.allclose(score(trained, batch, 1.0)[0], score(base, batch, 1.0)[0])
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, limit: torch.tensor(float("nan")))
+    with pytest.raises(UserError, match="gradient is nan"):
+        run(tmp_path / "run", "--steps", "1")
