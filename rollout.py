@@ -148,14 +148,17 @@ def draw(logits, uniform, temperature):
     logits: [B, V]; uniform: [B] in [0, 1); temperature 0 takes the most likely token. Returns the tokens [B] and their
     log-probs [B]. One number a row decides, so what a row draws does not depend on which other rows are in the batch.
     """
-    logp = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)  # [B, V]
+    scaled = logits.float() / (temperature or 1.0)  # [B, V]
+    probs = torch.softmax(scaled, dim=-1)
+    top, best = scaled.max(dim=-1, keepdim=True)  # [B, 1]
     if temperature == 0:
-        token = logp.argmax(dim=-1)
+        token = best
     else:
-        cdf = logp.exp().cumsum(dim=-1)
-        threshold = uniform * cdf[:, -1]  # the sum is 1 only up to rounding
-        token = torch.searchsorted(cdf, threshold.unsqueeze(1), right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
-    return token, logp.gather(1, token.unsqueeze(1)).squeeze(1)
+        cdf = probs.cumsum(dim=-1)
+        threshold = uniform.unsqueeze(1) * cdf[:, -1:]  # the sum is 1 only up to rounding
+        token = torch.searchsorted(cdf, threshold, right=True).clamp(max=logits.shape[1] - 1)
+    logp = scaled.gather(1, token) - top + probs.gather(1, best).log()  # the log of an unlikely token's prob would lose digits
+    return token.squeeze(1), logp.squeeze(1)
 
 
 @torch.no_grad()

@@ -20,7 +20,6 @@ import argparse
 import os
 import random
 import shutil
-import string
 import time
 
 import torch
