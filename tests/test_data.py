@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
+import tiny
 from data import PAIRS, SETS, UserError, encode_prompts, load_pairs, load_problems, render, take
 from reward import is_right, parses
 from tests.conftest import ROOT
@@ -258,14 +259,14 @@ def test_arithmetic_problems_are_distinct_solved_by_their_solution_and_never_in_
     (train, counts), (test, _) = load_problems("arithmetic", "train"), load_problems("arithmetic", "test")
     assert counts == {"rows": 10_000, "kept": 10_000} and len({p["prompt"] for p in train}) == 10_000
     assert not {p["prompt"] for p in train} & {p["prompt"] for p in test}
-    assert not {p["prompt"] for p in data.arithmetic_problems("train", 2000, seed=5)} & {p["prompt"] for p in data.arithmetic_problems("test", 500, seed=6)}
+    assert not {p["prompt"] for p in tiny.arithmetic_problems("train", 2000, seed=5)} & {p["prompt"] for p in tiny.arithmetic_problems("test", 500, seed=6)}
     for problem in train[:200] + test[:200]:
         assert eval(problem["prompt"].rstrip("=")) == int(problem["answer"])
-        solution = data.arithmetic_solution(problem["prompt"])
+        solution = tiny.arithmetic_solution(problem["prompt"])
         assert is_right(solution, problem["answer"], problem["styles"])
         for step in re.findall(r"(?=(?:^|=)([0-9]+\+[0-9]+)=([0-9]+))", solution):
             assert eval(step[0]) == int(step[1])
-        assert not is_right(data.arithmetic_solution(problem["prompt"], steps=1), problem["answer"], problem["styles"])
+        assert not is_right(tiny.arithmetic_solution(problem["prompt"], steps=1), problem["answer"], problem["styles"])
         assert render(problem, None) == (problem["prompt"], "plain")
 
 
@@ -285,7 +286,7 @@ def test_every_pass_and_every_seed_has_an_order_of_its_own():
 
 def test_the_held_out_prompts_stay_the_same():
     """The committed model was trained without them: another rule would make its held-out score a training score."""
-    held_out = [prompt for prompt in (f"{a}+{b}+3+4=" for a in range(1, 10) for b in range(1, 10)) if data.is_held_out(prompt)]
+    held_out = [prompt for prompt in (f"{a}+{b}+3+4=" for a in range(1, 10) for b in range(1, 10)) if tiny.is_held_out(prompt)]
     assert held_out == "1+3+3+4= 3+1+3+4= 3+6+3+4= 4+3+3+4= 4+9+3+4= 7+5+3+4= 7+6+3+4= 8+2+3+4= 9+5+3+4=".split()
 
 
