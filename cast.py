@@ -635,7 +635,7 @@ def build_parser():
     flag("--max-length", 512, "pairs of more tokens are left out")
     flag("--max-completion-length", None, "tokens of a greedy completion that is judged", int)
     # Comparison
-    flag("--seeds", 3, "--compare: seeds from --seed on; each has its own split of the data, map, batches and random heads")
+    flag("--seeds", 5, "--compare: seeds from --seed on; each has its own split of the data, map, batches and random heads")
     flag("--random-draws", 3, "--compare: random sets of heads a seed")
     flag("--evaluations", 10, "--compare: evaluations along a run, denser towards its start; the last is at its end")
     flag("--match-nll", 0.0, "--compare: NLL of held-out refusals at which arms are compared; 0: where the slowest ends")

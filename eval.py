@@ -3,6 +3,7 @@
     python eval.py                                             # the embedded model on the embedded held-out sums
     python eval.py --model runs/tepo-tiny-1                    # a run of train.py (its last checkpoint)
     python eval.py --model DIR_OR_ID --data math500,aime24 --protocol tepo
+    python eval.py --model runs/cast/tuned --data arithmetic --refusal    # refusal rates on harmful and on benign prompts
 
 What is reported of n samples for each problem, c of them right:
 
@@ -201,6 +202,30 @@ def greedy(model, tokenizer, samples, *, max_completion_length, max_tokens):
     return texts
 
 
+def refusal_rates(model, tokenizer, names, args):
+    """Refusal rates of greedy completions on sets of prompts, as {name: {prompts, refusal_rate, degenerate}}.
+
+    names: "harmful" and "benign" are the embedded requests; the others are sets of data.load_pairs (jbb, jbb-benign, xstest,
+    ...). A refusal rate is not an attack success rate: it says how an answer opens, not what it would be worth.
+    """
+    import tiny
+
+    rates = {}
+    for name in names:
+        if name in ("harmful", "benign"):
+            pairs = tiny.noun_requests(harmful=name == "harmful")
+        else:
+            pairs, _ = data.load_pairs(name, data.PAIRS[name][0] if name in data.PAIRS else "over-refusal", root=args.data_root)
+        problems = [{"prompt": pair["prompt"], "instruction": ""} for pair in pairs][: args.limit or None]
+        problems, _, _ = data.encode_prompts(problems, tokenizer, args.max_prompt_length)
+        options = dict(max_completion_length=min(64, args.max_completion_length), max_tokens=64 * args.batch_size)
+        texts = greedy(model, tokenizer, problems, **options)
+        shares = [sum(map(judge, texts)) / len(texts) for judge in (is_refusal, is_degenerate)]
+        rates[name] = {"prompts": len(texts), "refusal_rate": shares[0], "degenerate": shares[1]}
+        print(f"{name}: refusal rate {100 * shares[0]:.1f}% of {len(texts)} prompts, {100 * shares[1]:.1f}% empty or degenerate; e.g. {texts[0][:60]!r}")
+    return rates
+
+
 def load_lm_eval():
     """lm-evaluation-harness's (simple_evaluate, HFLM). Raises UserError when it is not installed."""
     try:
@@ -223,6 +248,8 @@ def parse_args(argv=None):
     parser.add_argument("--max-prompt-length", type=int, default=2048, help="longer prompts are left out (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=256, help="completions sampled at once (default: %(default)s)")
     parser.add_argument("--limit", type=int, default=0, help="take only the first so many problems; 0: all")
+    parser.add_argument("--refusal", metavar="SETS", nargs="?", const="harmful,benign",
+                        help="refusal rates too, on these sets of prompts: harmful, benign (embedded), jbb, jbb-benign, xstest, ...")  # fmt: skip
     parser.add_argument("--lm-eval", metavar="TASKS", help="run these lm-evaluation-harness tasks too (pip install lm-eval==0.4.13)")
     add_common_flags(parser)
     args = parse_resumable(parser, argv, free=())
@@ -277,13 +304,14 @@ def main(argv=None):
         rows = evaluate(model, tokenizer, name, problems, args, path, done)
         results[name] = summarise(rows, settings_of(name, args)[0])
     print_table(results)
+    refusal = refusal_rates(model, tokenizer, args.refusal.split(","), args) if args.refusal else None
     scores = None
     if args.lm_eval:
         wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=args.batch_size)
         scores = simple_evaluate(model=wrapped, tasks=args.lm_eval.split(","), limit=args.limit or None)["results"]
         print(json.dumps(scores, indent=1, default=str))
     versions = {package: version(package) for package in ("torch", "transformers", "datasets", "math-verify")}
-    record = {"results": results, "lm_eval": scores, "first_prompts": {name: data.render(p[0], tokenizer)[0] for name, p in sets.items()}, "args": vars(args), "versions": versions}
+    record = {"results": results, "refusal": refusal, "lm_eval": scores, "first_prompts": {name: data.render(p[0], tokenizer)[0] for name, p in sets.items()}, "args": vars(args), "versions": versions}
     write_json(directory / "results.json", record)
     print(f"results.json and samples.jsonl are in {directory}")
     return results

@@ -58,8 +58,9 @@ def answer(results, key):
     less, more = sum(top < rand for top, rand in rises), sum(top > rand for top, rand in rises)
     (top, top_sd), (rand, rand_sd) = (spread(column) for column in zip(*rises))
     word = "yes" if less == len(rises) else "no" if more == len(rises) else "not shown"
+    chance = f"; all {len(rises)} would agree by chance in 1 of {2 ** (len(rises) - 1)} runs" if word != "not shown" else ""
     return (f"{key}: {word}. It changes by {top:+.5f} (sd {top_sd:.5f}) with the top C heads skipped and by {rand:+.5f} "
-            f"(sd {rand_sd:.5f}) with random ones; by less in {less} of {len(rises)} seeds")  # fmt: skip
+            f"(sd {rand_sd:.5f}) with random ones; by less in {less} of {len(rises)} seeds{chance}")  # fmt: skip
 
 
 def draw_frontier(results, path):
@@ -69,7 +70,7 @@ def draw_frontier(results, path):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 3, figsize=(17, 5), layout="constrained")
+    figure, axes = pyplot.subplots(1, 3, figsize=(18, 5), layout="constrained")
     for axis, key in zip(axes, ("offtopic_nll", "total_nll", "over_refusal")):
         for arm, color in zip(results[0], pyplot.get_cmap("tab10").colors):
             rows = [mean_of(point) for point in zip(*(seed[arm]["trajectory"] for seed in results))]

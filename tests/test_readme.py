@@ -20,7 +20,7 @@ COMMANDS = sorted({
 TOY = {  # what makes a command small; everything else of it runs as written
     "train.py": "--steps 1 --num-prompts 4 --num-generations 4 --max-completion-length 16 --threads 1 --device cpu",
     "eval.py": "--limit 4 --num-samples 2 --threads 1 --device cpu",
-    "cast.py": "--threads 1 --device cpu",
+    "cast.py": "--examples 8 --steps 2 --batch-size 4 --threads 1 --device cpu",
 }
 
 
@@ -54,19 +54,18 @@ def help_of(script):
 
 
 def test_every_flag_named_anywhere_in_the_readme_belongs_to_some_script():
-    scripts = ["train.py", "eval.py", "cast.py", "tiny.py", *(str(p.relative_to(ROOT)) for p in (ROOT / "experiments").glob("*.py"))]
+    scripts = ["train.py", "eval.py", "cast.py", "tiny.py", *(str(p.relative_to(ROOT)) for p in (ROOT / "experiments").glob("*.py") if "argparse" in p.read_text())]
     known = " ".join(help_of(script) for script in scripts)
     for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - {"--repo-type", "--local-dir"}:
         assert re.search(rf"{flag}\b", known), flag
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if re.search(r"train\.py|eval\.py|(tepo|grpo|dapo|reward)\.py", c) and "Qwen" not in c])
+@pytest.mark.parametrize("command", [c for c in COMMANDS if re.search(r"(train|eval|cast|tepo|grpo|dapo|reward)\.py", c) and "Qwen" not in c])
 def test_the_commands_run_at_toy_scale(command, tmp_path):
-    for name in ("tiny",):
-        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "tiny").symlink_to(ROOT / "tiny")
     script, *flags = toy(command)
-    if "runs/" in command:  # it evaluates what an earlier command has trained
-        first = toy("python train.py --algo tepo")
+    earlier = {"runs/": "python train.py --algo tepo", "--tune": "python cast.py --diagnose"}  # what a command builds on
+    for first in (toy(other) for sign, other in earlier.items() if sign in command):
         subprocess.run([sys.executable, ROOT / first[0], *first[1:]], cwd=tmp_path, check=True, capture_output=True)
     done = subprocess.run([sys.executable, ROOT / script, *flags], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -99,5 +98,5 @@ def test_files_named_in_the_readme_exist():
 
 def test_help_needs_no_torch():
     code = "import sys; sys.argv = ['train.py', '--help']\ntry:\n import runpy; runpy.run_path('train.py', run_name='__main__')\nexcept SystemExit: pass\nassert 'torch' not in sys.modules and 'transformers' not in sys.modules"
-    for script in ("train.py", "eval.py"):
+    for script in ("train.py", "eval.py", "cast.py"):
         subprocess.run([sys.executable, "-c", code.replace("train.py", script)], cwd=ROOT, check=True, capture_output=True)
