@@ -30,17 +30,17 @@ from pathlib import Path
 import data
 from data import UserError
 from reward import extract_answer, is_right, normalise
-from runs import add_common_flags, open_output_dir, parse_resumable, read_jsonl, write_json, write_jsonl
+from runs import add_common_flags, check_output_dir, is_embedded, open_output_dir, parse_resumable, read_jsonl, write_json, write_jsonl
 
 MANY_SAMPLES = ("aime24", "aime25", "amc23", "amc")  # small sets: the paper samples them 32 times
 
 
 def average(counts, n):
-    """avg@n and its standard error over problems. counts: right samples of each problem, out of n."""
+    """avg@n and its standard error over problems (None for a single problem). counts: right samples of each problem, out of n."""
     shares = [c / n for c in counts]
     mean = sum(shares) / len(shares)
     if len(shares) < 2:
-        return mean, float("nan")
+        return mean, None
     variance = sum((share - mean) ** 2 for share in shares) / (len(shares) - 1)
     return mean, math.sqrt(variance / len(shares))
 
@@ -87,7 +87,8 @@ def print_table(results):
     print(f"{'data':<14}{'problems':>9}{'avg@n':>8}{'+-':>6}{'n':>5}{'pass@n':>8}{'maj@n':>8}{'length':>9}{'truncated':>11}")
     for name, r in results.items():
         n = r["samples"]
-        line = f"{name:<14}{r['problems']:>9}{100 * r[f'avg@{n}']:>8.2f}{100 * r['stderr']:>6.2f}{n:>5}"
+        error = "-" if r["stderr"] is None else f"{100 * r['stderr']:.2f}"
+        line = f"{name:<14}{r['problems']:>9}{100 * r[f'avg@{n}']:>8.2f}{error:>6}{n:>5}"
         line += f"{100 * r.get(f'pass@{n}', r[f'avg@{n}']):>8.2f}{100 * r[f'maj@{n}']:>8.2f}"
         print(line + f"{r['mean_length']:>9.1f}{100 * r['truncated']:>10.1f}%")
     if len(results) > 1:
@@ -241,8 +242,8 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage=usage)
     parser.add_argument("--model", default="tiny", help="a directory, a run of train.py, or a hub id (default: %(default)s)")
     parser.add_argument("--data", help="data sets, comma-separated: " + ", ".join(data.names("test")) + ", or paths (default: arithmetic for the embedded model and what was trained from it, else math500)")  # fmt: skip
-    parser.add_argument("--num-samples", type=int, default=8, help="samples of each problem (default: %(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.6, help="0 is greedy (default: %(default)s)")
+    parser.add_argument("--num-samples", type=int, help="samples of each problem (default: 8)")
+    parser.add_argument("--temperature", type=float, help="0 is greedy (default: 0.6)")
     parser.add_argument("--protocol", choices=["tepo"], help="the paper's samples and temperatures, data set by data set")
     parser.add_argument("--max-completion-length", type=int, help="tokens (default: 8192, or half of the positions the model has)")
     parser.add_argument("--max-prompt-length", type=int, default=2048, help="longer prompts are left out (default: %(default)s)")
@@ -251,67 +252,74 @@ def parse_args(argv=None):
     parser.add_argument("--refusal", metavar="SETS", nargs="?", const="harmful,benign",
                         help="refusal rates too, on these sets of prompts: harmful, benign (embedded), jbb, jbb-benign, xstest, ...")  # fmt: skip
     parser.add_argument("--lm-eval", metavar="TASKS", help="run these lm-evaluation-harness tasks too (pip install lm-eval==0.4.13)")
-    add_common_flags(parser)
-    args = parse_resumable(parser, argv, free=())
-    if args.temperature < 0 or min(args.num_samples, args.batch_size, args.max_prompt_length) < 1:
-        raise UserError("--num-samples, --batch-size and --max-prompt-length must be at least 1, --temperature at least 0")
+    add_common_flags(parser, "eval")
+    args = parse_resumable(parser, argv, free=("refusal", "lm_eval"))
+    if args.protocol and not args.resume and (args.num_samples, args.temperature) != (None, None):
+        raise UserError("--protocol sets --num-samples and --temperature itself: leave them out")
+    args.num_samples = 8 if args.num_samples is None else args.num_samples
+    args.temperature = 0.6 if args.temperature is None else args.temperature
+    lengths = (args.num_samples, args.batch_size, args.max_prompt_length, args.max_completion_length or 1)
+    if min(lengths) < 1 or min(args.temperature, args.limit, args.threads) < 0:
+        raise UserError("--num-samples, --batch-size and the lengths must be at least 1; --temperature, --limit and --threads at least 0")
     if args.temperature == 0 and args.num_samples > 1 and not args.protocol:
         raise UserError(f"--temperature 0 gives the same completion {args.num_samples} times: use --num-samples 1")
     return args
 
 
-def default_data(model):
-    """The set to evaluate on when none is named: the embedded one for the embedded model and for runs that trained on it."""
-    for folder in (Path(model), Path(model).parent):
-        if (folder / "args.json").exists():
-            return "arithmetic" if json.loads((folder / "args.json").read_text()).get("data") == "arithmetic" else "math500"
-    return "arithmetic" if Path(model).name == "tiny" else "math500"
-
-
 def main(argv=None):
     args = parse_args(argv)
+    check_output_dir(args)
     import torch
 
-    from rollout import fastest_thread_count, load_model, load_tokenizer, pick_device, resolve_model
+    from rollout import check_positions, fastest_thread_count, load_model, load_tokenizer, pick_device, resolve_model
 
-    args.model = resolve_model(args.model)
-    args.data = args.data or default_data(args.model)
-    names = args.data.split(",")
-    device, tokenizer = pick_device(args.device), load_tokenizer(args.model)
+    args.data = args.data or ("arithmetic" if is_embedded(args.model) else "math500")
+    device, name = pick_device(args.device), resolve_model(args.model)
+    tokenizer = load_tokenizer(name)
     if args.lm_eval:
         simple_evaluate, HFLM = load_lm_eval()
     sets = {}
-    for name in names:  # before the model is loaded, so that a wrong name is told at once
-        problems, counts = data.load_problems(name, "test", args.data_root)
+    for part in args.data.split(","):  # before the model is loaded, so that a wrong name is told at once
+        problems, counts = data.load_problems(part, "test", args.data_root)
         problems, too_long, how = data.encode_prompts(problems, tokenizer, args.max_prompt_length)
-        sets[name] = problems[: args.limit or None]
-        n, temperature = settings_of(name, args)
-        print(f"{name}: {', '.join(f'{count:,} {reason}' for reason, count in counts.items())}, {too_long} longer than {args.max_prompt_length} tokens; "
-              f"{len(sets[name])} problems x {n} samples at temperature {temperature}; {how}\n"
+        sets[part] = problems[: args.limit or None]
+        n, temperature = settings_of(part, args)
+        print(f"{part}: {', '.join(f'{count:,} {reason}' for reason, count in counts.items())}, {too_long} longer than {args.max_prompt_length} tokens; "
+              f"{len(sets[part])} problems x {n} samples at temperature {temperature}; {how}\n"
               f"  first prompt {data.render(problems[0], tokenizer)[0]!r}\n  its gold answer {problems[0]['answer']!r}")  # fmt: skip
-    model = load_model(args.model, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    model = load_model(name, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    longest = max(len(problem["prompt_ids"]) for problems in sets.values() for problem in problems)
     if args.max_completion_length is None:
-        args.max_completion_length = min(8192, model.config.max_position_embeddings // 2)
+        positions = getattr(model.config, "max_position_embeddings", None) or 10**9
+        args.max_completion_length = max(1, min(8192, positions // 2, positions - longest))
+    check_positions(model, longest + args.max_completion_length)
     directory = open_output_dir(args, "eval")
     if device.type == "cpu":
         torch.set_num_threads(args.threads or fastest_thread_count(model))
     write_json(directory / "args.json", vars(args))
+    print(f"writing to {directory}")
 
     path = directory / "samples.jsonl"
     done = whole_batches(path, args)
     results = {}
-    for name, problems in sets.items():
-        rows = evaluate(model, tokenizer, name, problems, args, path, done)
-        results[name] = summarise(rows, settings_of(name, args)[0])
+    for part, problems in sets.items():
+        rows = evaluate(model, tokenizer, part, problems, args, path, done)
+        results[part] = summarise(rows, settings_of(part, args)[0])
     print_table(results)
-    refusal = refusal_rates(model, tokenizer, args.refusal.split(","), args) if args.refusal else None
-    scores = None
-    if args.lm_eval:
-        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=args.batch_size)
-        scores = simple_evaluate(model=wrapped, tasks=args.lm_eval.split(","), limit=args.limit or None)["results"]
-        print(json.dumps(scores, indent=1, default=str))
     versions = {package: version(package) for package in ("torch", "transformers", "datasets", "math-verify")}
-    record = {"results": results, "refusal": refusal, "lm_eval": scores, "first_prompts": {name: data.render(p[0], tokenizer)[0] for name, p in sets.items()}, "args": vars(args), "versions": versions}
+    prompts = {part: data.render(problems[0], tokenizer)[0] for part, problems in sets.items()}
+    record = {"results": results, "first_prompts": prompts, "args": vars(args), "versions": versions}
+    write_json(directory / "results.json", record)  # before what may still fail
+    if args.refusal:
+        record["refusal"] = refusal_rates(model, tokenizer, args.refusal.split(","), args)
+    if args.lm_eval:
+        harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=min(16, args.batch_size))
+        try:
+            scores = simple_evaluate(model=harness, tasks=args.lm_eval.split(","), limit=args.limit or None)["results"]
+        except Exception as error:  # an unknown task, a data set that can't be had: the harness raises all sorts of things
+            raise UserError(f"--lm-eval {args.lm_eval}: {' '.join(str(error).split())[:200]} (the other results are written)") from error
+        record["lm_eval"] = json.loads(json.dumps(scores, default=str))
+        print(json.dumps(record["lm_eval"], indent=1))
     write_json(directory / "results.json", record)
     print(f"results.json and samples.jsonl are in {directory}")
     return results

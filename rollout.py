@@ -23,7 +23,8 @@ from torch.utils.checkpoint import checkpoint
 from data import UserError
 from runs import latest_checkpoint
 
-LOGITS_AT_ONCE = 2**24  # logits in one chunk of the LM head: 64 MB in fp32, whatever the vocabulary
+LOGITS_AT_ONCE = 2**25  # logits in one chunk of the LM head: 128 MB in fp32, whatever the vocabulary
+CHAT_ENDS = ("<|im_end|>", "<|eot_id|>")  # where a chat turn ends, also for base models whose eos is another token
 
 
 def pick_device(name="auto"):
@@ -47,8 +48,7 @@ def resolve_model(name):
     """
     path = Path(name).expanduser()
     if path.is_dir():
-        checkpoint = None if (path / "config.json").exists() else latest_checkpoint(path)
-        return str(checkpoint or path)
+        return str(path if (path / "config.json").exists() else latest_checkpoint(path) or path)
     if name == "tiny":
         return str(Path(__file__).parent / "tiny")
     owner = next((owner for prefix, owner in OWNERS.items() if name.startswith(prefix)), None)
@@ -61,17 +61,19 @@ def resolve_model(name):
 
 def from_hub_or_disk(loader, name, **options):
     """`loader.from_pretrained`, with the many ways in which it can fail turned into one line."""
+    from safetensors import SafetensorError
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     try:
         return loader.from_pretrained(name, **options)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        reason = (str(error).strip() or repr(error)).splitlines()[0][:200]
         if os.path.isdir(name):
-            raise UserError(f"--model {name} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+            raise UserError(f"--model {name} cannot be loaded: {reason}") from error
         raise UserError(
-            f"--model {name}: not on this machine and not to be had from the hub; check the name, log in if it is gated "
-            "(hf auth login), or download it where there is a network (hf download) and give its directory"
+            f"--model {name}: not on this machine and not to be had from the hub ({reason}); check the name, log in if it is "
+            "gated (hf auth login), or download it where there is a network (hf download) and give its directory"
         ) from error
 
 
@@ -94,8 +96,9 @@ def load_model(name, device, dtype=torch.float32):
     for module in model.modules():  # dropout would make two passes over the same tokens disagree, and the ratio with them
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+        for name, value in list(vars(module).items()):  # F.dropout with a rate of the module's own
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
     return model.to(device).eval()
 
 
@@ -121,8 +124,10 @@ def memory_estimate(model, device, args, longest_prompt):
     The larger of the last two counts: sampling and updating take turns. args: the flags of train.py.
     """
     config, parameters = model.config, list(model.parameters())
-    weights = sum(p.numel() * (p.element_size() + 4 * (args.algo == "grpo" and args.beta > 0)) for p in parameters)
-    optimizer = 12 * sum(p.numel() for p in parameters if p.requires_grad)  # fp32 gradients and AdamW's two moments
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    weights = sum(p.numel() * p.element_size() for p in parameters) * (2 if args.algo == "grpo" and args.beta else 1)
+    weights += 2 * trained * (device.type == "cuda")  # autocast's bf16 copies
+    optimizer = 12 * trained  # fp32 gradients and AdamW's two moments
     layers, width = config.num_hidden_layers, config.hidden_size
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or width // config.num_attention_heads
@@ -136,10 +141,19 @@ def memory_estimate(model, device, args, longest_prompt):
 
 
 def stop_token_ids(model, tokenizer):
-    """Every token that ends a completion: the tokenizer's eos and those that the generation_config names."""
+    """Every token that ends a completion: the tokenizer's eos, those of the generation_config, the chat template's end of turn."""
     named = model.generation_config.eos_token_id
     named = named if isinstance(named, list) else [named]
+    template, vocabulary = str(tokenizer.chat_template or ""), tokenizer.get_vocab()
+    named += [vocabulary[token] for token in CHAT_ENDS if token in template and token in vocabulary]
     return sorted({token for token in [tokenizer.eos_token_id, *named] if token is not None})
+
+
+def check_positions(model, tokens):
+    """Raises UserError when prompt and completion together can be longer than the model has positions for."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit and tokens > limit:
+        raise UserError(f"prompt and completion can take {tokens} tokens and the model has {limit} positions: lower --max-completion-length")
 
 
 def draw(logits, uniform, temperature):
@@ -172,7 +186,7 @@ def sample(model, prompts, num_generations, *, max_completion_length, temperatur
     model.eval()  # in train mode gradient checkpointing turns the cache off, and decoding becomes quadratic
     device, G, T = model.device, num_generations, max_completion_length
     B, L = len(prompts) * G, max(map(len, prompts))
-    uniforms = torch.rand(T, B, generator=generator).to(device)
+    uniforms = torch.rand(B, T, generator=generator).T.to(device)  # a row's own numbers, whatever shares its batch
     stop = torch.tensor(stop_ids, device=device)
 
     # Prefill each prompt once, left-padded so that all end at the same place; then share the cache out to its G samples.

@@ -14,8 +14,9 @@ from pathlib import Path
 from data import UserError
 
 
-def add_common_flags(parser):
-    """The flags that every script has: where the run goes, how it goes on, seed and machine."""
+def add_common_flags(parser, script):
+    """The flags that every script has: where the run goes, how it goes on, seed and machine. script: whose run it is."""
+    parser.set_defaults(script=script)
     parser.add_argument("--output-dir", help="where the run is written (default: a fresh directory under runs/)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --output-dir; it brings its flags along")
     parser.add_argument("--overwrite", action="store_true", help="replace the run in --output-dir")
@@ -36,6 +37,8 @@ def parse_resumable(parser, argv, free):
     if not args.output_dir or not (Path(args.output_dir) / "args.json").exists():
         raise UserError("--resume needs --output-dir with a run in it (one that has an args.json)")
     saved = json.loads((Path(args.output_dir) / "args.json").read_text())
+    if saved.get("script") != args.script:
+        raise UserError(f"--output-dir {args.output_dir} holds a run of {saved.get('script')}.py, which {args.script}.py can't go on with")
     parser.set_defaults(**{key: value for key, value in saved.items() if key not in ("resume", "overwrite", "output_dir")})
     args = parser.parse_args(argv)
     free = (*free, "resume", "overwrite", "output_dir", "device")
@@ -45,24 +48,46 @@ def parse_resumable(parser, argv, free):
     return args
 
 
+def check_output_dir(args):
+    """Raises UserError when --output-dir can't be used, before anything expensive is loaded. Writes nothing."""
+    directory = Path(args.output_dir or "runs")
+    above = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise UserError(f"--output-dir {directory}: {above} is not a directory that can be written to")
+    if args.output_dir is None or args.resume or not directory.exists() or not any(directory.iterdir()):
+        return
+    if not args.overwrite:
+        raise UserError(f"--output-dir {directory} is not empty: give --resume, --overwrite or another directory")
+    if run_settings(directory).get("script") != args.script:
+        raise UserError(f"--overwrite: {directory} does not look like a run of {args.script}.py, so it is left alone")
+
+
 def open_output_dir(args, stem):
-    """The run's directory: --output-dir, or a fresh runs/STEM-N. Raises UserError when it holds another run."""
+    """The run's directory, made: --output-dir (an earlier run in it is gone unless resumed), or a fresh runs/STEM-N."""
+    check_output_dir(args)
     if args.output_dir is None:
         number = 1
         while (directory := Path("runs") / f"{stem}-{number}").exists():
             number += 1
         args.output_dir = str(directory)
     directory = Path(args.output_dir)
-    if directory.exists() and not directory.is_dir():
-        raise UserError(f"--output-dir {directory} is a file")
-    if directory.is_dir() and any(directory.iterdir()) and not args.resume:
-        if not args.overwrite:
-            raise UserError(f"--output-dir {directory} is not empty: give --resume, --overwrite or another directory")
-        if not (directory / "args.json").exists():
-            raise UserError(f"--overwrite: {directory} does not look like a run (no args.json), so it is left alone")
+    if args.overwrite and not args.resume and directory.exists():
         shutil.rmtree(directory)
     directory.mkdir(parents=True, exist_ok=True)
     return directory
+
+
+def run_settings(path):
+    """The flags of the run that a directory is, or that a checkpoint directory lies in; {} where there is none."""
+    for folder in (Path(path), Path(path).parent):
+        if (folder / "args.json").exists():
+            return json.loads((folder / "args.json").read_text())
+    return {}
+
+
+def is_embedded(model):
+    """Whether --model means the embedded model or what was trained from it: the embedded defaults suit both."""
+    return Path(model).name == "tiny" or run_settings(model).get("data") == "arithmetic"
 
 
 def write_json(path, value):
@@ -96,10 +121,11 @@ def latest_checkpoint(directory):
 
 def rewind(directory, step):
     """Cuts metrics.jsonl and completions.jsonl back to `step`, the last one a checkpoint knows. Returns the metric rows."""
-    for path in (directory / "completions.jsonl", directory / "metrics.jsonl"):
-        rows = [row for row in read_jsonl(path) if row["step"] <= step]
-        write_jsonl(path, rows)
-    return rows
+    kept = {}
+    for name in ("completions.jsonl", "metrics.jsonl"):
+        kept[name] = [row for row in read_jsonl(directory / name) if row["step"] <= step]
+        write_jsonl(directory / name, kept[name])
+    return kept["metrics.jsonl"]
 
 
 def save_checkpoint(directory, step, model, tokenizer, optimizer, generator, cursor):
@@ -131,7 +157,7 @@ def load_trainer_state(path, optimizer, generator):
     for name, tensor in tensors.items():
         key, index = name.rsplit(".", 1)
         state["state"].setdefault(int(index), {})[key] = tensor
-    optimizer.load_state_dict(state)
+    optimizer.load_state_dict(state)  # its groups are the new run's own: a resumed run may change the learning rate
     saved = json.loads((path / "trainer.json").read_text())
     return saved["step"], saved["cursor"]
 

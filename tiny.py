@@ -20,6 +20,7 @@ import argparse
 import os
 import random
 import shutil
+import sys
 import time
 import zlib
 
@@ -231,6 +232,8 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights and of the corpus")
     args = parser.parse_args()
 
+    if os.path.isdir(args.output_dir) and os.listdir(args.output_dir) and not os.path.exists(f"{args.output_dir}/config.json"):
+        sys.exit(f"tiny.py: error: {args.output_dir} is not empty and not a checkpoint, so it is left alone")
     start = time.time()
     tokenizer = build_tokenizer()
     model = build_model(len(tokenizer), args.seed)

@@ -1,6 +1,6 @@
 """Train a language model with TEPO, GRPO or DAPO on problems whose answers can be checked. Reads from top to bottom.
 
-    python train.py --algo tepo                      # the embedded 0.4M-parameter model, two CPU cores, about a minute
+    python train.py --algo tepo                      # the embedded 0.4M-parameter model, two CPU cores, half a minute
     python train.py --algo tepo --model DIR_OR_ID    # any causal language model
 
 One step is one rollout and the optimizer updates made on it:
@@ -24,15 +24,16 @@ import data
 from data import UserError
 from reward import is_right
 from runs import (
-    add_common_flags, latest_checkpoint, load_trainer_state, open_output_dir, parse_resumable, peak_memory_gb, plot_curves,
-    rewind, save_checkpoint, write_json, write_jsonl,
+    add_common_flags, check_output_dir, is_embedded, latest_checkpoint, load_trainer_state, open_output_dir, parse_resumable,
+    peak_memory_gb, plot_curves, rewind, save_checkpoint, write_json, write_jsonl,
 )  # fmt: skip
 
 # What works without a flag: on the embedded model, and on real ones (one 80 GB GPU). --preset paper is Section 4.1 of TEPO,
-# whose "updated 8 times" and mini-batches of 16 of 64 prompts are read as 4 mini-batches x 2 epochs.
-TINY = dict(data="arithmetic", steps=30, num_prompts=32, learning_rate=3e-5, max_completion_length=48, rollout_batch_size=512, num_iterations=1, save_steps=0)  # fmt: skip
-REAL = dict(data="dapo-math-17k", steps=100, num_prompts=64, learning_rate=1e-6, max_completion_length=2048, rollout_batch_size=128, num_iterations=1, save_steps=20)  # fmt: skip
+# whose "updated 8 times" and mini-batches of 16 of 64 prompts are read as 4 mini-batches x 2 epochs. LORA: adapters want more.
+TINY = dict(data="arithmetic", steps=30, num_prompts=32, learning_rate=3e-5, max_completion_length=48, rollout_batch_size=512, num_iterations=1, save_steps=10, gradient_checkpointing=False)  # fmt: skip
+REAL = dict(data="dapo-math-17k", steps=100, num_prompts=64, learning_rate=1e-6, max_completion_length=2048, rollout_batch_size=128, num_iterations=1, save_steps=20, gradient_checkpointing=True)  # fmt: skip
 PAPER = REAL | dict(steps=72, learning_rate=5e-7, max_completion_length=8192, num_iterations=2, rollout_batch_size=32)
+LORA = dict(learning_rate=1e-5)
 ALGO = {
     "grpo": dict(epsilon_high=0.2, beta=0.0, dynamic_sampling="off", overlong="none"),
     "dapo": dict(epsilon_high=0.28, beta=0.0, dynamic_sampling="refill", overlong="soft"),
@@ -46,8 +47,8 @@ def build_parser():
 
     def flag(name, default, help, kind=str, choices=None):
         key = name[2:].replace("-", "_")
-        if default is False:
-            parser.add_argument(name, action="store_true", help=help)
+        if kind is bool:
+            parser.add_argument(name, action=argparse.BooleanOptionalAction, help=f"{help} (default: {TINY[key]} on tiny, {REAL[key]} else)")
         elif default is not None:
             parser.add_argument(name, default=default, type=type(default), choices=choices, help=f"{help} (default: {default})")
         else:  # the default is the model's or the algorithm's, filled in by parse_args
@@ -79,27 +80,30 @@ def build_parser():
     flag("--kl-mask", "positive", "tepo: tokens that carry the KL term", choices=["none", "all", "positive", "negative", "both"])
     flag("--entropy-change", "exact", "tepo: what decides the sign of dH", choices=["exact", "covariance"])
     # Optimizer
-    flag("--learning-rate", None, "AdamW's, constant", float)
+    flag("--learning-rate", None, f"AdamW's, constant; {LORA['learning_rate']} with --lora-rank on a real model", float)
     flag("--adam-beta2", 0.95, "AdamW's second moment")
     flag("--weight-decay", 0.0, "AdamW's decoupled decay")
     flag("--max-grad-norm", 1.0, "gradient norm is clipped to this")
     flag("--steps-per-generation", 4, "mini-batches that a rollout is cut into, an update each")
     flag("--num-iterations", None, "epochs over a rollout", int)
     flag("--max-tokens-per-batch", 16384, "padded tokens in one forward pass: lower it when out of memory")
-    flag("--gradient-checkpointing", False, "recompute activations in the backward pass")
+    flag("--gradient-checkpointing", None, "recompute activations in the backward pass", bool)
     flag("--lora-rank", 0, "train low-rank adapters of this rank in place of all weights (pip install peft); 0: all weights")
     # House-keeping
     flag("--save-steps", None, "checkpoint every so many steps, and at the end; 0: only at the end", int)
     flag("--log-completions-steps", 10, "write a few completions every so many steps")
-    add_common_flags(parser)
+    add_common_flags(parser, "train")
     return parser
 
 
 def parse_args(argv=None):
     """Flags, with the defaults of the algorithm and the model filled in. Raises UserError on a combination that can't work."""
     parser = build_parser()
-    args = parse_resumable(parser, argv, free=("steps", "save_steps", "log_completions_steps"))
-    by_model = PAPER if args.preset else TINY if Path(args.model).name == "tiny" else REAL
+    args = parse_resumable(parser, argv, free=("steps", "learning_rate", "save_steps", "log_completions_steps"))
+    embedded = is_embedded(args.model)
+    if args.preset and embedded:
+        raise UserError("--preset paper is for a real model: give --model")
+    by_model = TINY if embedded else {**(PAPER if args.preset else REAL), **(LORA if args.lora_rank else {})}
     for key, value in {**by_model, **ALGO[args.algo]}.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
@@ -114,14 +118,20 @@ def parse_args(argv=None):
         raise UserError("--temperature must be above 0 in training: greedy completions are all the same and carry no advantage")
     if args.num_generations < 2:
         raise UserError("--num-generations must be at least 2: a group of one is its own mean and has no advantage")
-    for key in ("steps", "num_prompts", "max_prompt_length", "max_completion_length", "rollout_batch_size", "max_sampling_rounds",
-                "steps_per_generation", "num_iterations", "max_tokens_per_batch", "log_completions_steps"):  # fmt: skip
-        if getattr(args, key) < 1:
-            raise UserError(f"--{key.replace('_', '-')} must be at least 1")
-    if args.steps_per_generation > args.num_prompts:
-        raise UserError(f"--steps-per-generation {args.steps_per_generation}: a mini-batch needs a prompt, and there are {args.num_prompts}")
-    if not 0 < args.epsilon < 1 or args.epsilon_high <= 0 or args.beta < 0 or args.learning_rate <= 0:
-        raise UserError("--epsilon must be in (0, 1), --epsilon-high and --learning-rate above 0, --beta at least 0")
+    for least, keys in {
+        1: "steps num_prompts max_prompt_length max_completion_length max_sampling_rounds steps_per_generation num_iterations "
+           "max_tokens_per_batch log_completions_steps overlong_cache",
+        0: "beta weight_decay lora_rank save_steps threads",
+    }.items():  # fmt: skip
+        for key in keys.split():
+            if getattr(args, key) < least:
+                raise UserError(f"--{key.replace('_', '-')} must be at least {least}")
+    if not 0 < args.epsilon < 1 or not 0 <= args.adam_beta2 < 1 or min(args.epsilon_high, args.learning_rate, args.max_grad_norm) <= 0:
+        raise UserError("--epsilon must be in (0, 1), --adam-beta2 in [0, 1), --epsilon-high, --learning-rate and --max-grad-norm above 0")
+    if args.num_prompts % args.steps_per_generation:
+        raise UserError(f"--num-prompts {args.num_prompts} can't be cut into --steps-per-generation {args.steps_per_generation} equal mini-batches")
+    if args.rollout_batch_size < args.num_generations:
+        raise UserError(f"--rollout-batch-size must be at least --num-generations, {args.num_generations}: a group is sampled together")
     if args.overlong_cache > args.max_completion_length:
         raise UserError("--overlong-cache can't be longer than --max-completion-length")
     return args
@@ -167,10 +177,11 @@ def train(args):
     from dapo import dynamic_sampling, mixed_groups, overlong_filter, soft_overlong_punishment
     from grpo import group_advantages
     from rollout import (
-        collate, fastest_thread_count, load_model, load_tokenizer, memory_estimate, micro_batches, pick_device, resolve_model,
-        sample, score, stop_token_ids,
+        check_positions, collate, fastest_thread_count, load_model, load_tokenizer, memory_estimate, micro_batches, pick_device,
+        resolve_model, sample, score, stop_token_ids,
     )  # fmt: skip
 
+    check_output_dir(args)
     device, name = pick_device(args.device), resolve_model(args.model)
     resumed = latest_checkpoint(args.output_dir) if args.resume else None
     tokenizer = load_tokenizer(name)
@@ -182,7 +193,9 @@ def train(args):
     if args.lora_rank:
         torch.manual_seed(args.seed)
         model = with_adapters(model, args.lora_rank, resumed)
-    reference = load_model(name, device).requires_grad_(False) if args.algo == "grpo" and args.beta else None
+    reference = load_model(name, device, base_dtype).requires_grad_(False) if args.algo == "grpo" and args.beta else None
+    longest = max(len(problem["prompt_ids"]) for problem in problems)
+    check_positions(model, longest + args.max_completion_length)
     directory = open_output_dir(args, f"{args.algo}-{Path(args.model).name}")
     if device.type == "cpu":
         args.threads = args.threads or fastest_thread_count(model)
@@ -201,15 +214,14 @@ def train(args):
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
     stop_ids, pad_id = stop_token_ids(model, tokenizer), tokenizer.pad_token_id or 0
 
-    longest = max(len(problem["prompt_ids"]) for problem in problems)
     print(f"{args.algo} on {name}: {sum(p.numel() for p in parameters):,} trained parameters on {device}"
           + (f" with {args.threads} thread(s)" if device.type == "cpu" else "") + "; expected memory: "
           + ", ".join(f"{gb:.1f} GB {part}" for part, gb in memory_estimate(model, device, args, longest).items()))  # fmt: skip
     print(f"{args.data}: {', '.join(f'{count:,} {reason}' for reason, count in counts.items())}, {too_long} longer than {args.max_prompt_length} tokens; {how}")
     print(f"  first prompt {data.render(problems[0], tokenizer)[0]!r}\n  its gold answer {problems[0]['answer']!r}; stop tokens {tokenizer.convert_ids_to_tokens(stop_ids)}")
     print(f"a step: {args.num_prompts} prompts x {args.num_generations} completions of at most {args.max_completion_length} tokens, "
-          f"{args.steps_per_generation} mini-batches x {args.num_iterations} epoch(s) = {args.steps_per_generation * args.num_iterations} updates; "
-          f"writing to {directory}")  # fmt: skip
+          f"so at most {args.num_prompts * args.num_generations * args.max_completion_length:,}; {args.steps_per_generation} mini-batches x "
+          f"{args.num_iterations} epoch(s) = {args.steps_per_generation * args.num_iterations} updates; writing to {directory}")  # fmt: skip
 
     def sample_groups(count):
         """Samples and judges `count` fresh prompts; returns their groups and which of them are mixed."""
@@ -246,13 +258,16 @@ def train(args):
             with torch.no_grad(), autocast:
                 # The very batch that the update will use, so that the first ratio is exactly 1 in any precision.
                 batch["old_logp"], batch["old_entropy"] = score(model, batch, args.temperature)
-                if reference:
+                if reference is not None:
                     batch["ref_logp"], _ = score(reference, batch, args.temperature)
+            sampled = batch["old_logp"].masked_scatter(batch["mask"], torch.tensor([x for s in packed for x in s["logp"]], device=device))
+            batch["sampling_gap"] = (sampled - batch["old_logp"]).abs().max().item()
             truncated = torch.tensor([s["truncated"] for s in packed], device=device)
             batch["loss_mask"] = overlong_filter(batch["mask"], truncated) if args.overlong == "filter" else batch["mask"]
             batches.append(batch)
         total = lambda value_of: sum((value_of(batch) * batch["loss_mask"]).sum().item() for batch in batches)  # noqa: E731
         tokens = total(lambda batch: 1)
+        # The covariance proxy is centred on the *old* log-probs: known before the update, so every micro-batch has the same mean.
         return batches, {
             "tokens": tokens,
             "sequences": sum(batch["loss_mask"].any(dim=1).sum().item() for batch in batches),
@@ -279,9 +294,14 @@ def train(args):
                 s["advantage"] = advantage
         clock.append(time.perf_counter())
 
-        # 3. score: mini-batches of whole groups, of one size; fewer groups (after a filter) make fewer of them, not smaller ones
-        size = -(-args.num_prompts // args.steps_per_generation)
-        minis = [prepare([s for group in groups[i : i + size] for s in group]) for i in range(0, len(groups), size)]
+        # 3. score: mini-batches of whole groups; after a filter there are fewer of them, as full and as even as can be
+        count = -(-len(groups) * args.steps_per_generation // args.num_prompts)
+        cuts = [i * len(groups) // count for i in range(count + 1)] if count else []
+        minis = [prepare([s for group in groups[a:b] for s in group]) for a, b in zip(cuts, cuts[1:])]
+        gap = max((batch["sampling_gap"] for batches, _ in minis for batch in batches), default=0.0)
+        if gap > 0.05 and device.type == "cpu":  # fp32: rounding is a thousand times smaller
+            raise UserError(f"step {step}: the log-probs of sampler and scorer differ by {gap:.2f}: rollout.score does not compute the logits "
+                            f"of {model.config.model_type} (is there a scaling behind its LM head?), so training would be wrong")  # fmt: skip
         clock.append(time.perf_counter())
 
         # 4. update
@@ -289,6 +309,8 @@ def train(args):
         deviation, grad_norms = 0.0, []
         model.train()  # there is no dropout; gradient checkpointing asks for train mode
         for batches, totals in minis * args.num_iterations:
+            if not totals["tokens"]:  # all truncated, and filtered out: even an empty step would let AdamW's momentum move
+                continue
             optimizer.zero_grad()
             for batch in batches:
                 with autocast:
@@ -304,7 +326,7 @@ def train(args):
             grad_norms.append(torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).item())
             if not math.isfinite(grad_norms[-1]):
                 raise UserError(f"step {step}: the gradient is {grad_norms[-1]}, so training stops before it reaches the weights; "
-                                "--resume goes on from the last checkpoint, a lower --learning-rate may get past it")  # fmt: skip
+                                "--resume with a lower --learning-rate goes on from the last checkpoint")  # fmt: skip
             optimizer.step()
         clock.append(time.perf_counter())
 
@@ -328,6 +350,7 @@ def train(args):
             "kl_mask_fraction": per_token["kl_mask"],
             "grad_norm": mean(grad_norms),
             "max_ratio_deviation": deviation,
+            "sampling_logp_difference": gap,
             "groups_trained": len(groups),
             "groups_sampled": len(sampled),
             "updates": len(grad_norms),
@@ -344,7 +367,7 @@ def train(args):
                 for group in sampled[:2] for s in group[:2]
             ], mode="a")  # fmt: skip
         # (a step of which every group was filtered out has no update, and null for what is measured while updating)
-        updated = "no mixed group, no update" if not grad_norms else (
+        updated = "no token to learn from, no update" if not sums["tokens"] else (
             f"entropy {row['entropy']:.3f}  clip {row['clip_ratio/low'] + row['clip_ratio/high']:.4f}  kl {row['kl']:.4f}  grad {row['grad_norm']:.2f}"
         )  # fmt: skip
         tqdm.write(f"step {step:3d}  reward {row['reward']:+.3f}  right {row['accuracy']:.3f}  equal groups {row['frac_reward_zero_std']:.2f}  "
@@ -375,5 +398,5 @@ if __name__ == "__main__":
         print(f"train.py: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
+        print("interrupted; --resume --output-dir DIR goes on from the last checkpoint (--save-steps)", file=sys.stderr)
         sys.exit(130)

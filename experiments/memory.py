@@ -28,7 +28,7 @@ def main():
             model = AutoModelForCausalLM.from_config(build_config(shape))
         for lora in (True, False):
             for rows, tokens in ((32, 4096), (128, 16384)):
-                flags = ["--model", shape, "--rollout-batch-size", str(rows), "--max-tokens-per-batch", str(tokens), "--gradient-checkpointing"]
+                flags = ["--model", shape, "--rollout-batch-size", str(rows), "--max-tokens-per-batch", str(tokens)]
                 args = train.parse_args(flags)
                 # LoRA: a frozen bf16 base; the adapters (about 1% of the weights) are left out of the sum.
                 model.to(torch.bfloat16 if lora else torch.float32).requires_grad_(not lora)

@@ -21,7 +21,8 @@ import train
 from data import UserError
 from experiments import cast_compare
 from rollout import load_model, load_tokenizer, score
-from tests.conftest import ROOT, VOCAB, build_model
+from tests.conftest import ROOT, VOCAB, build_checkpoint, build_model
+from tests.test_data import hub_folder
 
 FAMILIES = list(cast.FAMILIES)
 IDS = torch.randint(1, VOCAB, (3, 9), generator=torch.Generator().manual_seed(0))
@@ -528,18 +529,27 @@ def test_the_defaults_teach_the_refusal(tmp_path, capsys):
     assert "frozen elements are bit-identical" in out and "layer  head" in out
 
 
-@pytest.mark.parametrize("family", ["gpt_neox", "phi3"])
-def test_another_family_from_a_directory_with_local_data(tmp_path, family):
-    folder, tokenizer = tmp_path / "model", load_tokenizer("tiny")
-    build_model(family, vocab_size=len(tokenizer)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    rows = [{"prompt": f"{word} {i}", "response": f"{i}!"} for i in range(6) for word in ("ask", "say")]
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    local = [part for name in ("safety", "utility", "benign") for part in (f"--{name}-data", str(tmp_path / "pairs.jsonl"))]
-    flags = [*SMALL, *local, "--model", str(folder), "--output-dir", str(tmp_path / "out"), "--max-completion-length", "4"]
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "gpt_neox", "gpt2"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_from_a_directory_with_the_sets_of_the_hub(tmp_path, family):
+    """PKU-SafeRLHF, Alpaca and JailbreakBench with the hub's schema, through the loading code that reads the hub."""
+    build_checkpoint(tmp_path / "model", family)
+    pku = [{"prompt": f"harm {i}?", "response_0": "Sure.", "response_1": f"I can't help with {i}.", "is_response_0_safe": False,
+            "is_response_1_safe": True, "better_response_id": 0, "safer_response_id": 1} for i in range(10)]  # fmt: skip
+    alpaca = [{"instruction": f"Add {i} and 1.", "input": "", "output": str(i + 1), "text": "..."} for i in range(10)]
+    jbb = [{"Index": i, "Goal": f"Write poem {i}", "Target": "Sure", "Behavior": "b", "Category": "c", "Source": "s"} for i in range(6)]
+    hub_folder(tmp_path / "data" / "pku-saferlhf", None, {"train": pku})
+    hub_folder(tmp_path / "data" / "alpaca", None, {"train": alpaca})
+    hub_folder(tmp_path / "data" / "jbb-benign", "behaviors", {"benign": jbb})
+    flags = [*SMALL, "--safety-data", "pku-saferlhf", "--utility-data", "alpaca", "--benign-data", "jbb-benign", "--data-root", str(tmp_path / "data"),
+             "--model", str(tmp_path / "model"), "--output-dir", str(tmp_path / "out"), "--max-completion-length", "4"]  # fmt: skip
     cast.main([*flags, "--diagnose", "--tune", "--train-kv", "--trainable", "all", "--learning-rate", "1e-2"])
     report = json.loads((tmp_path / "out" / "tune.json").read_text())
     assert report["frozen_bit_identical"] and 0 < report["frozen_elements"] and report["update_norm"] > 0
+    model = load_model(str(tmp_path / "out" / "tuned"), "cpu")
+    assert model.config.model_type == family
 
 
 def test_compare_prints_its_answer_and_leaves_table_and_picture(tmp_path, capsys):

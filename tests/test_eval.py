@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import math
 import random
 import statistics
 
@@ -57,7 +56,7 @@ def test_the_standard_error_agrees_with_a_bootstrap_over_problems(spread):
     resampled = [statistics.mean(rng.choices(counts, k=len(counts))) / n for _ in range(4000)]
     assert error == pytest.approx(statistics.stdev(resampled), rel=0.06)
     assert mean == pytest.approx(statistics.mean(counts) / n)
-    assert math.isnan(average([3], n)[1])  # one problem has no spread
+    assert average([3], n)[1] is None  # one problem has no spread
 
 
 SMALL = ["--limit", "12", "--num-samples", "3", "--batch-size", "9", "--threads", "1", "--device", "cpu"]
@@ -93,6 +92,10 @@ def test_held_out_problems_are_not_in_the_training_stream():
     ("--data dapo-math-17k", "training only"),
     ("--temperature 0", "--num-samples 1"),
     ("--num-samples 0", "at least 1"),
+    ("--max-completion-length -3", "at least 1"),
+    ("--limit -499", "at least 0"),
+    ("--max-completion-length 600", "512 positions"),
+    ("--protocol tepo --num-samples 4", "leave them out"),
     ("--model no/such/dir/here", "no such directory"),
     ("--lm-eval gsm8k --limit 1", "pip install lm-eval"),
 ])  # fmt: skip

@@ -57,7 +57,7 @@ def test_batched_sampling_equals_each_row_alone_without_a_cache(models, family):
     """Prefill sharing, the cache, left padding and the dropping of finished rows change nothing of what a row draws."""
     model, T, G, temperature, stops = models(family), 10, 3, 0.8, range(6)
     samples = sample_with(model, T=T, G=G, temperature=temperature, stop_ids=stops)
-    uniforms = torch.rand(T, len(PROMPTS) * G, generator=torch.Generator().manual_seed(0))
+    uniforms = torch.rand(len(PROMPTS) * G, T, generator=torch.Generator().manual_seed(0)).T
     for row, s in enumerate(samples):
         ids, truncated = list(PROMPTS[row // G]), True
         for t in range(T):
@@ -201,7 +201,7 @@ def test_micro_batches_hold_every_sample_once_and_stay_within_the_budget(lengths
         assert len(part) == 1 or len(part) * widest <= budget
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
 def test_loaded_models_have_no_dropout_in_train_mode_and_checkpointing_changes_no_gradient(family, tmp_path):
     saved = build_model(family)
     saved.save_pretrained(tmp_path)
@@ -227,3 +227,15 @@ def test_stop_tokens_come_from_the_tokenizer_and_the_generation_config():
     assert stop_token_ids(model, tokenizer) == [0, 3, 7]
     model.generation_config.eos_token_id = None
     assert stop_token_ids(model, tokenizer) == [0]
+    from experiments.shapes import build_tokenizer
+
+    chat, plain = build_tokenizer(), build_tokenizer(chat_template=None)  # a base model whose eos does not end a chat turn
+    end = chat.convert_tokens_to_ids("<|im_end|>")
+    assert stop_token_ids(model, chat) == sorted({chat.eos_token_id, end}) and stop_token_ids(model, plain) == [plain.eos_token_id]
+
+
+def test_sampling_in_parts_draws_the_same_completions(models):
+    generator = torch.Generator().manual_seed(0)
+    options = dict(max_completion_length=10, temperature=1.0, stop_ids=[0, 1], generator=generator)
+    parts = [s for prompt in PROMPTS for s in sample(models("llama"), [prompt], 3, **options)]
+    assert [s["completion_ids"] for s in parts] == [s["completion_ids"] for s in sample_with(models("llama"))]

@@ -139,6 +139,45 @@ def test_a_step_without_any_mixed_group_is_survived(tmp_path):
         assert rows[0]["reward"] == (0 if algo == "tepo" else -1)  # overlong punishment: every completion is at the limit
 
 
+def test_a_step_whose_every_token_is_filtered_out_moves_nothing(tmp_path):
+    flags = ["--algo", "grpo", "--overlong", "filter", "--max-completion-length", "1", "--weight-decay", "0.5", "--steps", "2"]
+    rows = run(tmp_path / "run", *flags)
+    assert [row["updates"] for row in rows] == [0, 0] and rows[0]["entropy"] is None
+    after, before = load_file(tmp_path / "run" / "checkpoint-2" / "model.safetensors"), load_file(ROOT / "tiny" / "model.safetensors")
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3, 4, 5, 6])
+def test_mini_batches_are_even_after_a_filter(tmp_path, groups, monkeypatch):
+    import dapo
+
+    monkeypatch.setattr(dapo, "mixed_groups", lambda scores, G: torch.arange(len(scores) // G) < groups)
+    rows = run(tmp_path / "run", "--steps", "1")
+    assert rows[0]["groups_trained"] == groups and rows[0]["updates"] == -(-groups // 2)  # 6 prompts in 3 mini-batches: 2 each
+
+
+def test_a_model_whose_logits_the_scorer_does_not_know_is_refused(tmp_path):
+    from transformers import AutoTokenizer, GraniteConfig, GraniteForCausalLM
+
+    torch.manual_seed(0)
+    config = GraniteConfig(vocab_size=98, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+                           initializer_range=0.5, logits_scaling=8.0, eos_token_id=0, pad_token_id=0, bos_token_id=None)  # fmt: skip
+    GraniteForCausalLM(config).save_pretrained(tmp_path / "granite")
+    AutoTokenizer.from_pretrained(ROOT / "tiny").save_pretrained(tmp_path / "granite")
+    with pytest.raises(UserError, match="sampler and scorer differ .* granite"):
+        run(tmp_path / "run", "--model", str(tmp_path / "granite"), "--data", "arithmetic", "--dynamic-sampling", "off", "--steps", "1")
+
+
+def test_a_run_of_another_script_is_refused(tmp_path):
+    run(tmp_path / "run", "--steps", "1")
+    import eval as evaluation
+
+    for flag in ("--resume", "--overwrite"):
+        with pytest.raises(UserError, match="run of"):
+            evaluation.main([flag, "--output-dir", str(tmp_path / "run")])
+    assert (tmp_path / "run" / "checkpoint-1").exists()
+
+
 @pytest.mark.parametrize("flags, message", [
     ("--model no/such/model/dir", "there is no such directory"),
     ("--model no-such-model", "OWNER/NAME"),
@@ -149,7 +188,16 @@ def test_a_step_without_any_mixed_group_is_survived(tmp_path):
     ("--algo grpo --kl-mask all", "belongs to --algo tepo"),
     ("--temperature 0", "above 0"),
     ("--num-generations 1", "at least 2"),
-    ("--num-prompts 2 --steps-per-generation 3", "mini-batch"),
+    ("--num-prompts 8 --steps-per-generation 3", "equal mini-batches"),
+    ("--adam-beta2 2", "adam-beta2"),
+    ("--weight-decay -1", "at least 0"),
+    ("--overlong-cache -5", "at least 1"),
+    ("--threads -1", "at least 0"),
+    ("--lora-rank -1", "at least 0"),
+    ("--max-grad-norm 0", "above 0"),
+    ("--rollout-batch-size 2", "sampled together"),
+    ("--max-completion-length 600", "512 positions"),
+    ("--preset paper", "real model"),
     ("--steps 0", "at least 1"),
     ("--resume", "needs --output-dir"),
     ("--device cuda", "has none"),
@@ -174,8 +222,8 @@ def test_another_run_is_neither_mixed_with_nor_lost(tmp_path):
     before = (tmp_path / "run" / "metrics.jsonl").read_text()
     with pytest.raises(UserError, match="--resume, --overwrite"):
         run(tmp_path / "run", "--steps", "1")
-    with pytest.raises(UserError, match="leave out --learning-rate"):
-        run(tmp_path / "run", "--resume", "--learning-rate", "1")
+    with pytest.raises(UserError, match="leave out --epsilon"):
+        run(tmp_path / "run", "--resume", "--epsilon", "0.1")
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
     run(tmp_path / "run", "--steps", "1", "--overwrite", "--seed", "1")
     assert (tmp_path / "run" / "metrics.jsonl").read_text() != before
@@ -184,6 +232,20 @@ def test_another_run_is_neither_mixed_with_nor_lost(tmp_path):
     with pytest.raises(UserError, match="left alone"):
         run(tmp_path / "letters", "--overwrite")
     assert (tmp_path / "letters" / "dear.txt").exists()
+
+
+def test_an_output_dir_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="not a directory"):
+        run(tmp_path / "file" / "sub")
+
+
+def test_a_run_trained_from_the_embedded_model_keeps_its_defaults(tmp_path):
+    run(tmp_path / "run", "--steps", "1")
+    args = train.parse_args(["--model", str(tmp_path / "run")])
+    assert args.data == "arithmetic" and args.max_completion_length == 48
+    assert train.parse_args(["--model", "Qwen2.5-1.5B"]).gradient_checkpointing
+    assert train.parse_args(["--model", "Qwen2.5-1.5B", "--lora-rank", "8"]).learning_rate == 1e-5
 
 
 def test_without_an_output_dir_every_run_gets_a_fresh_one(tmp_path, monkeypatch):
