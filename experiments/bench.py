@@ -77,8 +77,13 @@ def ours(args, folder):
         threads=args.threads, steps_per_generation=4, output_dir=folder / "run",
     )  # fmt: skip
     argv = [part for name, value in flags.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    # What train.py imports on the way counts as much as what `import trl` does: not.
+    import datasets  # noqa: F401
+    import matplotlib.pyplot  # noqa: F401
     import torch  # noqa: F401
-    import transformers  # noqa: F401
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
+
+    import rollout  # noqa: F401
 
     before = resident_gb()[0]
     rows = train.train(train.parse_args(argv))[1:]

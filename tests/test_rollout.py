@@ -199,6 +199,7 @@ def test_micro_batches_hold_every_sample_once_and_stay_within_the_budget(lengths
     for part in packed:
         widest = max(len(s["prompt_ids"]) + len(s["completion_ids"]) for s in part)
         assert len(part) == 1 or len(part) * widest <= budget
+        assert widest <= rollout.SPREAD * min(len(s["prompt_ids"]) + len(s["completion_ids"]) for s in part)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
