@@ -216,7 +216,7 @@ def train(args):
 
     print(f"{args.algo} on {name}: {sum(p.numel() for p in parameters):,} trained parameters on {device}"
           + (f" with {args.threads} thread(s)" if device.type == "cpu" else "") + "; expected memory: "
-          + ", ".join(f"{gb:.1f} GB {part}" for part, gb in memory_estimate(model, device, args, longest).items()))  # fmt: skip
+          + ", ".join(f"{1000 * gb:,.0f} MB {part}" for part, gb in memory_estimate(model, device, args, longest).items()))  # fmt: skip
     print(f"{args.data}: {', '.join(f'{count:,} {reason}' for reason, count in counts.items())}, {too_long} longer than {args.max_prompt_length} tokens; {how}")
     print(f"  first prompt {data.render(problems[0], tokenizer)[0]!r}\n  its gold answer {problems[0]['answer']!r}; stop tokens {tokenizer.convert_ids_to_tokens(stop_ids)}")
     print(f"a step: {args.num_prompts} prompts x {args.num_generations} completions of at most {args.max_completion_length} tokens, "
