@@ -300,7 +300,7 @@ def test_frozen_elements_keep_every_bit_under_decay_and_momentum_and_the_others_
 
 
 def test_skipping_nothing_is_dense_training_of_q_and_o_bit_for_bit():
-    from rollout import collate
+    from rollout import collate, micro_batches
 
     model, reference, samples = build_model("llama"), build_model("llama"), draw_samples(8)
     masks = cast.trained_masks(model, cast.find_heads(model), set())
@@ -310,11 +310,11 @@ def test_skipping_nothing_is_dense_training_of_q_and_o_bit_for_bit():
     assert len(trained) == 4 == len(masks)
     optimizer = torch.optim.AdamW(trained, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
     for step in range(5):
-        chosen = sorted(data.take(samples, 4 * step, 4, 0), key=lambda s: len(s["prompt_ids"]) + len(s["completion_ids"]))
-        batch = collate(chosen, 0, torch.device("cpu"))
-        loss = -score(reference, batch, 1.0)[0].sum() / batch["mask"].sum()
+        chosen = data.take(samples, 4 * step, 4, 0)
+        tokens = sum(len(s["completion_ids"]) for s in chosen)
         optimizer.zero_grad()
-        loss.backward()
+        for packed in micro_batches(chosen, SETTINGS["max_tokens"]):
+            (-score(reference, collate(packed, 0, torch.device("cpu")), 1.0)[0].sum() / tokens).backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), reference.parameters()))
