@@ -177,9 +177,10 @@ def plot_curves(rows, path):
     }
     figure, axes = pyplot.subplots(1, 4, figsize=(16, 3.4), layout="constrained")
     for axis, (title, keys) in zip(axes, panels.items()):
-        for key in keys:
-            axis.plot([row["step"] for row in rows], [row[key] for row in rows], label=key.split("/")[-1])
+        for key, style in zip(keys, ("-", "--")):
+            axis.plot([row["step"] for row in rows], [row[key] for row in rows], style, label=key.split("/")[-1])
         axis.set(title=title, xlabel="step")
+        axis.set_ylim(bottom=0, top=None if axis.get_ylim()[1] > 0.06 else 0.1)
         axis.grid(alpha=0.3)
         if len(keys) > 1:
             axis.legend()
