@@ -180,7 +180,8 @@ def plot_curves(rows, path):
         for key, style in zip(keys, ("-", "--")):
             axis.plot([row["step"] for row in rows], [row[key] for row in rows], style, label=key.split("/")[-1])
         axis.set(title=title, xlabel="step")
-        axis.set_ylim(bottom=0, top=None if axis.get_ylim()[1] > 0.06 else 0.1)
+        least = min((row[key] for row in rows for key in keys if row[key] is not None), default=0)
+        axis.set_ylim(bottom=min(0, 1.05 * least), top=None if axis.get_ylim()[1] > 0.06 else 0.1)
         axis.grid(alpha=0.3)
         if len(keys) > 1:
             axis.legend()
