@@ -49,7 +49,7 @@ import data
 import tiny
 from data import UserError
 from eval import greedy, is_degenerate, is_refusal
-from runs import write_json
+from runs import is_embedded, write_json
 
 # What works without a flag: on the embedded model, on it with --compare (three times as hard: gentle tuning costs the embedded
 # model nothing but over-refusal, so that there would be nothing to compare), and on real models.
@@ -651,7 +651,7 @@ def parse_args(argv=None):
     if not (args.diagnose or args.tune or args.compare):
         raise UserError("say what to do: --diagnose, --tune or --compare (--help explains them)")
     embedded = {**TINY, **(HARD if args.compare else {})}
-    for key, value in (embedded if Path(args.model).name == "tiny" else REAL).items():
+    for key, value in (embedded if is_embedded(args.model) else REAL).items():
         if getattr(args, key) is None:
             setattr(args, key, value)
     if not 0 <= args.skip <= 1:
@@ -670,10 +670,10 @@ def main(argv=None):
     args, started = parse_args(argv), time.time()
     import torch
 
-    from rollout import fastest_thread_count, load_model, load_tokenizer, pick_device
+    from rollout import fastest_thread_count, load_model, load_tokenizer, pick_device, resolve_model
 
-    device, tokenizer, directory = pick_device(args.device), load_tokenizer(args.model), Path(args.output_dir)
-    model = load_model(args.model, device)
+    device, name, directory = pick_device(args.device), resolve_model(args.model), Path(args.output_dir)
+    tokenizer, model = load_tokenizer(name), load_model(name, device)
     heads = find_heads(model)
     if device.type == "cpu":
         torch.set_num_threads(args.threads or fastest_thread_count(model))

@@ -671,3 +671,11 @@ def test_refusal_matcher(refuses, text):
 ])  # fmt: skip
 def test_degenerate_completions(text, degenerate):
     assert evaluation.is_degenerate(text) == degenerate
+
+
+def test_a_known_short_name_is_resolved_and_the_embedded_model_is_found_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="Qwen/Qwen2.5-1.5B: not on this machine"):
+        cast.main(["--diagnose", "--model", "Qwen2.5-1.5B"])
+    cast.main([*SMALL, "--diagnose", "--sensitivity", "gate"])
+    assert (tmp_path / "runs" / "cast" / "conflict_map.json").exists()
