@@ -40,7 +40,6 @@ import math
 import os
 import random
 import shutil
-import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,7 +48,7 @@ import data
 import tiny
 from data import UserError
 from eval import greedy, is_degenerate, is_refusal
-from runs import is_embedded, write_json
+from runs import is_embedded, run_script, write_json
 
 # What works without a flag: on the embedded model, on it with --compare (three times as hard: gentle tuning costs the embedded
 # model nothing but over-refusal, so that there would be nothing to compare), and on real models.
@@ -686,11 +685,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"cast.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+    run_script(main, "cast.py")

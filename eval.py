@@ -21,16 +21,14 @@ import argparse
 import json
 import math
 import re
-import sys
 import zlib
 from collections import Counter
 from importlib.metadata import version
-from pathlib import Path
 
 import data
 from data import UserError
 from reward import extract_answer, is_right, normalise
-from runs import add_common_flags, check_output_dir, is_embedded, open_output_dir, parse_resumable, read_jsonl, write_json, write_jsonl
+from runs import add_common_flags, check_output_dir, is_embedded, open_output_dir, parse_resumable, read_jsonl, run_script, write_json, write_jsonl
 
 MANY_SAMPLES = ("aime24", "aime25", "amc23", "amc")  # small sets: the paper samples them 32 times
 
@@ -326,11 +324,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"eval.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted; --resume --output-dir DIR goes on", file=sys.stderr)
-        sys.exit(130)
+    run_script(main, "eval.py")

@@ -14,6 +14,18 @@ from pathlib import Path
 from data import UserError
 
 
+def run_script(main, script):
+    """Runs a script's main. A mistake of the user's is one line and exit code 2, an interruption one line and 130."""
+    try:
+        main()
+    except UserError as error:
+        print(f"{script}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{script}: interrupted; what was begun with checkpoints or samples goes on with --resume --output-dir DIR", file=sys.stderr)
+        sys.exit(130)
+
+
 def add_common_flags(parser, script):
     """The flags that every script has: where the run goes, how it goes on, seed and machine. script: whose run it is."""
     parser.set_defaults(script=script)

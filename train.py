@@ -16,7 +16,6 @@ by 1/|y_i|). They part at the later ones: a setting with one update per rollout 
 
 import argparse
 import math
-import sys
 import time
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from data import UserError
 from reward import is_right
 from runs import (
     add_common_flags, check_output_dir, is_embedded, latest_checkpoint, load_trainer_state, open_output_dir, parse_resumable,
-    peak_memory_gb, plot_curves, rewind, save_checkpoint, write_json, write_jsonl,
+    peak_memory_gb, plot_curves, rewind, run_script, save_checkpoint, write_json, write_jsonl,
 )  # fmt: skip
 
 # What works without a flag: on the embedded model, and on real ones (one 80 GB GPU). --preset paper is Section 4.1 of TEPO,
@@ -392,11 +391,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"train.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted; --resume --output-dir DIR goes on from the last checkpoint (--save-steps)", file=sys.stderr)
-        sys.exit(130)
+    run_script(main, "train.py")

@@ -261,11 +261,11 @@ def test_arithmetic_problems_are_distinct_solved_by_their_solution_and_never_in_
     assert not {p["prompt"] for p in train} & {p["prompt"] for p in test}
     assert not {p["prompt"] for p in tiny.arithmetic_problems("train", 2000, seed=5)} & {p["prompt"] for p in tiny.arithmetic_problems("test", 500, seed=6)}
     for problem in train[:200] + test[:200]:
-        assert eval(problem["prompt"].rstrip("=")) == int(problem["answer"])
+        assert sum(map(int, problem["prompt"].rstrip("=").split("+"))) == int(problem["answer"])
         solution = tiny.arithmetic_solution(problem["prompt"])
         assert is_right(solution, problem["answer"], problem["styles"])
         for step in re.findall(r"(?=(?:^|=)([0-9]+\+[0-9]+)=([0-9]+))", solution):
-            assert eval(step[0]) == int(step[1])
+            assert sum(map(int, step[0].split("+"))) == int(step[1])
         assert not is_right(tiny.arithmetic_solution(problem["prompt"], steps=1), problem["answer"], problem["styles"])
         assert render(problem, None) == (problem["prompt"], "plain")
 
