@@ -11,6 +11,7 @@ The embedded data set, `arithmetic`, needs no download: it belongs to the embedd
 """
 
 import json
+import logging
 import os
 import random
 import re
@@ -108,6 +109,7 @@ def folder_rows(path, config, split, hub_id=None):
     import datasets
 
     datasets.disable_progress_bars()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a dozen lines of retries; what went wrong is said below
     try:
         rows = datasets.load_dataset(path, config, split=split)
     except Exception as error:

@@ -62,10 +62,13 @@ def resolve_model(name):
 
 def from_hub_or_disk(loader, name, **options):
     """`loader.from_pretrained`, with the many ways in which it can fail turned into one line."""
-    from safetensors import SafetensorError
-    from transformers.utils import logging
+    import logging
 
-    logging.disable_progress_bar()
+    from safetensors import SafetensorError
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a dozen lines of retries; what went wrong is said below
     try:
         return loader.from_pretrained(name, **options)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
@@ -82,6 +85,8 @@ def load_tokenizer(name):
     """The tokenizer of a directory or a hub id."""
     from transformers import AutoTokenizer
 
+    if not os.path.isdir(name):
+        print(f"looking for {name} in the cache and on the hub", flush=True)  # without a network that takes most of a minute
     return from_hub_or_disk(AutoTokenizer, name)
 
 

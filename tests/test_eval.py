@@ -56,6 +56,8 @@ def test_the_standard_error_agrees_with_a_bootstrap_over_problems(spread):
     resampled = [statistics.mean(rng.choices(counts, k=len(counts))) / n for _ in range(4000)]
     assert error == pytest.approx(statistics.stdev(resampled), rel=0.06)
     assert mean == pytest.approx(statistics.mean(counts) / n)
+    for part in (counts[:2], counts[:3], counts):  # exactly, and for few problems, where n - 1 and n are not the same
+        assert average(part, n)[1] == pytest.approx(statistics.stdev(c / n for c in part) / len(part) ** 0.5)
     assert average([3], n)[1] is None  # one problem has no spread
 
 

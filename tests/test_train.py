@@ -147,6 +147,20 @@ def test_a_step_whose_every_token_is_filtered_out_moves_nothing(tmp_path):
     assert all(torch.equal(after[name], before[name]) for name in before)
 
 
+@pytest.mark.parametrize("algo", ["grpo", "dapo", "tepo"])
+def test_a_filtered_completion_has_no_part_in_the_gradient(algo):
+    args = train.parse_args(["--algo", algo])
+    old = -torch.rand(3, 4) - 0.1
+    logp = (old + 0.1 * torch.randn(3, 4)).requires_grad_()
+    mask = torch.ones(3, 4, dtype=torch.bool)
+    kept = mask & torch.tensor([[True], [False], [True]])
+    batch = {"old_logp": old, "old_entropy": torch.ones(3, 4), "advantages": torch.tensor([1.0, -1.0, 0.5]), "mask": mask, "loss_mask": kept}
+    totals = {"tokens": 8, "sequences": 2, "mean_logp": 0.0, "mean_advantage": 0.0}
+    loss, _ = train.objective(args, batch, logp, torch.ones(3, 4), totals)
+    loss.backward()
+    assert (logp.grad[1] == 0).all() and (logp.grad[[0, 2]] != 0).any()
+
+
 @pytest.mark.parametrize("groups", [1, 2, 3, 4, 5, 6])
 def test_mini_batches_are_even_after_a_filter(tmp_path, groups, monkeypatch):
     import dapo
