@@ -5,7 +5,7 @@ completion may state its own (see reward.extract_answer) and the "instruction" t
 how many rows there were, how many were kept, and why the others were not. A row is read by the columns it has, so the hub's
 sets and a local copy take the same path:
 
-    row --read_row--> question, gold --without duplicates, conflicts, unusable gold--> problem --render--> text of the prompt
+    row --question_of, gold_of--> question, gold --select--> problem (no duplicate, conflict, unusable gold) --render--> prompt
 
 The embedded data set, `arithmetic`, needs no download: it belongs to the embedded model and stands in tiny.py.
 """
@@ -253,6 +253,16 @@ def encode_prompts(problems, tokenizer, max_prompt_length):
     if not kept:
         raise UserError(f"all {len(problems)} prompts are longer than {max_prompt_length} tokens: raise --max-prompt-length")
     return kept, len(problems) - len(kept), how
+
+
+def load_prompts(name, split, tokenizer, max_prompt_length, root=None):
+    """load_problems and encode_prompts in one, reported on the terminal: rows kept, dropped and why, the first prompt, its gold."""
+    problems, counts = load_problems(name, split, root)
+    problems, too_long, how = encode_prompts(problems, tokenizer, max_prompt_length)
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in counts.items())
+    print(f"{name}: {reasons}, {too_long} longer than {max_prompt_length} tokens; {how}")
+    print(f"  first prompt {render(problems[0], tokenizer)[0]!r}\n  its gold answer {problems[0]['answer']!r}")
+    return problems
 
 
 # ---------------------------------------------------------------------------------------------------------------------

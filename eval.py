@@ -278,13 +278,9 @@ def main(argv=None):
         simple_evaluate, HFLM = load_lm_eval()
     sets = {}
     for part in args.data.split(","):  # before the model is loaded, so that a wrong name is told at once
-        problems, counts = data.load_problems(part, "test", args.data_root)
-        problems, too_long, how = data.encode_prompts(problems, tokenizer, args.max_prompt_length)
-        sets[part] = problems[: args.limit or None]
+        sets[part] = data.load_prompts(part, "test", tokenizer, args.max_prompt_length, args.data_root)[: args.limit or None]
         n, temperature = settings_of(part, args)
-        print(f"{part}: {', '.join(f'{count:,} {reason}' for reason, count in counts.items())}, {too_long} longer than {args.max_prompt_length} tokens; "
-              f"{len(sets[part])} problems x {n} samples at temperature {temperature}; {how}\n"
-              f"  first prompt {data.render(problems[0], tokenizer)[0]!r}\n  its gold answer {problems[0]['answer']!r}")  # fmt: skip
+        print(f"  {len(sets[part])} problems x {n} samples at temperature {temperature}")
     model = load_model(name, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     longest = max(len(problem["prompt_ids"]) for problems in sets.values() for problem in problems)
     if args.max_completion_length is None:

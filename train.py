@@ -184,8 +184,7 @@ def train(args):
     device, name = pick_device(args.device), resolve_model(args.model)
     resumed = latest_checkpoint(args.output_dir) if args.resume else None
     tokenizer = load_tokenizer(name)
-    problems, counts = data.load_problems(args.data, "train", args.data_root)
-    problems, too_long, how = data.encode_prompts(problems, tokenizer, args.max_prompt_length)
+    problems = data.load_prompts(args.data, "train", tokenizer, args.max_prompt_length, args.data_root)
     # fp32 master weights; the frozen base of a LoRA run can be bf16 on a GPU, since no update is ever added to it.
     base_dtype = torch.bfloat16 if args.lora_rank and device.type == "cuda" else torch.float32
     model = load_model(name if args.lora_rank or not resumed else str(resumed), device, base_dtype)
@@ -216,11 +215,10 @@ def train(args):
     print(f"{args.algo} on {name}: {sum(p.numel() for p in parameters):,} trained parameters on {device}"
           + (f" with {args.threads} thread(s)" if device.type == "cpu" else "") + "; expected memory: "
           + ", ".join(f"{1000 * gb:,.0f} MB {part}" for part, gb in memory_estimate(model, device, args, longest).items()))  # fmt: skip
-    print(f"{args.data}: {', '.join(f'{count:,} {reason}' for reason, count in counts.items())}, {too_long} longer than {args.max_prompt_length} tokens; {how}")
-    print(f"  first prompt {data.render(problems[0], tokenizer)[0]!r}\n  its gold answer {problems[0]['answer']!r}; stop tokens {tokenizer.convert_ids_to_tokens(stop_ids)}")
     print(f"a step: {args.num_prompts} prompts x {args.num_generations} completions of at most {args.max_completion_length} tokens, "
           f"so at most {args.num_prompts * args.num_generations * args.max_completion_length:,}; {args.steps_per_generation} mini-batches x "
-          f"{args.num_iterations} epoch(s) = {args.steps_per_generation * args.num_iterations} updates; writing to {directory}")  # fmt: skip
+          f"{args.num_iterations} epoch(s) = {args.steps_per_generation * args.num_iterations} updates; "
+          f"stop tokens {tokenizer.convert_ids_to_tokens(stop_ids)}; writing to {directory}")  # fmt: skip
 
     def sample_groups(count):
         """Samples and judges `count` fresh prompts; returns their groups and which of them are mixed."""
