@@ -669,7 +669,7 @@ def main(argv=None):
     args, started = parse_args(argv), time.time()
     import torch
 
-    from rollout import fastest_thread_count, load_model, load_tokenizer, pick_device, resolve_model
+    from models import fastest_thread_count, load_model, load_tokenizer, pick_device, resolve_model
 
     device, name, directory = pick_device(args.device), resolve_model(args.model), Path(args.output_dir)
     tokenizer, model = load_tokenizer(name), load_model(name, device)

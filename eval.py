@@ -109,7 +109,8 @@ def evaluate(model, tokenizer, name, problems, args, path, done):
     import torch
     from tqdm import tqdm
 
-    from rollout import sample, stop_token_ids
+    from models import stop_token_ids
+    from rollout import sample
 
     n, temperature = settings_of(name, args)
     rows = [row for row in done if row["data"] == name]
@@ -189,7 +190,8 @@ def greedy(model, tokenizer, samples, *, max_completion_length, max_tokens):
     """The most likely completions of the samples' prompts, as texts."""
     import torch
 
-    from rollout import sample, stop_token_ids
+    from models import stop_token_ids
+    from rollout import sample
 
     size = max(1, max_tokens // (max(len(s["prompt_ids"]) for s in samples) + max_completion_length))
     options = dict(max_completion_length=max_completion_length, temperature=0, generator=torch.Generator())
@@ -269,7 +271,7 @@ def main(argv=None):
     check_output_dir(args)
     import torch
 
-    from rollout import check_positions, fastest_thread_count, load_model, load_tokenizer, pick_device, resolve_model
+    from models import check_positions, fastest_thread_count, load_model, load_tokenizer, pick_device, resolve_model
 
     args.data = args.data or ("arithmetic" if is_embedded(args.model) else "math500")
     device, name = pick_device(args.device), resolve_model(args.model)

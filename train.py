@@ -175,10 +175,10 @@ def train(args):
 
     from dapo import dynamic_sampling, mixed_groups, overlong_filter, soft_overlong_punishment
     from grpo import group_advantages
-    from rollout import (
-        check_positions, collate, fastest_thread_count, load_model, load_tokenizer, memory_estimate, micro_batches, pick_device,
-        resolve_model, sample, score, stop_token_ids,
+    from models import (
+        check_positions, fastest_thread_count, load_model, load_tokenizer, memory_estimate, pick_device, resolve_model, stop_token_ids,
     )  # fmt: skip
+    from rollout import collate, micro_batches, sample, score
 
     check_output_dir(args)
     device, name = pick_device(args.device), resolve_model(args.model)

@@ -104,7 +104,7 @@ def trl(args, folder):
 
     import data
     from reward import is_right
-    from rollout import load_tokenizer
+    from models import load_tokenizer
 
     before, work = resident_gb()[0], WORK[args.shape]
     torch.set_num_threads(args.threads)
@@ -209,7 +209,7 @@ def main():
                 print(f"repeat {repeat + 1} {engine}: {statistics.median(results[engine][-1]['seconds']):.2f} s a step", flush=True)
         weights = sum(f.stat().st_size for f in Path(args.model).glob("*.safetensors")) / 1e9
         import data
-        from rollout import load_tokenizer
+        from models import load_tokenizer
 
         problems = data.encode_prompts(data.load_problems(args.data, "train")[0], load_tokenizer(args.model), 4096)[0]
         prompt_tokens = statistics.mean(len(p["prompt_ids"]) for p in problems) * WORK[args.shape]["num_prompts"]

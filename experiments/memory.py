@@ -1,4 +1,4 @@
-"""The README's memory table: what a training run needs on one GPU, computed from the shapes (rollout.memory_estimate).
+"""The README's memory table: what a training run needs on one GPU, computed from the shapes (models.memory_estimate).
 
     python experiments/memory.py
 
@@ -19,7 +19,7 @@ def main():
 
     import train
     from experiments.shapes import build_config
-    from rollout import memory_estimate
+    from models import memory_estimate
 
     print("| model | trained | rows at once | tokens a pass | weights | optimizer | cache | activations | needs | GPU |")
     print("|---|---|---|---|---|---|---|---|---|---|")

@@ -20,7 +20,8 @@ import tiny
 import train
 from data import UserError
 from experiments import cast_compare
-from rollout import load_model, load_tokenizer, score
+from models import load_model, load_tokenizer
+from rollout import score
 from tests.conftest import ROOT, VOCAB, build_checkpoint, build_model
 from tests.test_data import hub_folder
 

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rollout
-from rollout import collate, draw, load_model, micro_batches, sample, score, stop_token_ids
+from models import load_model, stop_token_ids
+from rollout import batch_size, collate, draw, micro_batches, sample, score
 from tests.conftest import VOCAB, build_model
 
 FAMILIES = ("llama", "qwen3", "gpt2")
@@ -84,12 +85,20 @@ def test_every_completion_ends_at_its_first_stop_token(models):
 def test_a_prompt_is_prefilled_once_whatever_the_group(models, monkeypatch):
     model, shapes = models("llama"), []
     handle = model.register_forward_pre_hook(lambda _, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True)
-    samples = sample_with(model, G=5)
+    G = 15
+    samples = sample_with(model, G=G, stop_ids=range(12))
     handle.remove()
     assert shapes[0] == (len(PROMPTS), max(map(len, PROMPTS)))  # one row a prompt, not one a sample
     assert all(width == 1 for _, width in shapes[1:])
-    alive = [sum(len(s["completion_ids"]) > t for s in samples) for t in range(1, len(shapes))]
-    assert [rows for rows, _ in shapes[1:]] == alive  # rows leave the batch as they end
+    going = [sum(len(s["completion_ids"]) > t for s in samples) for t in range(1, len(shapes))]
+    assert [rows for rows, _ in shapes[1:]] == [min(G * len(PROMPTS), batch_size(n)) for n in going]  # rows leave when they have ended
+    assert min(going) < max(going) / 2
+
+
+@given(st.integers(1, 2000))
+def test_a_batch_has_room_for_all_unfinished_rows_and_few_more_in_few_sizes(going):
+    assert going <= batch_size(going) <= max(going + 7, 1.25 * going)
+    assert len({batch_size(n) for n in range(1, going + 1)}) <= 4 * going.bit_length()
 
 
 def test_the_sampled_histogram_is_plain_softmax_whatever_the_generation_config_says():
@@ -133,6 +142,7 @@ def gradients(model, batch, temperature=0.9):
 def test_chunks_of_the_lm_head_change_neither_scores_nor_gradients(models, family, monkeypatch):
     model, batch = models(family), collate(sample_with(models(family)), 0, "cpu")
     whole, whole_gradients = score(model, batch, 0.9), gradients(model, batch)
+    monkeypatch.setattr(rollout, "ROWS", 3)
     monkeypatch.setattr(rollout, "LOGITS_AT_ONCE", 3 * VOCAB)  # three tokens a chunk
     chunked, chunked_gradients = score(model, batch, 0.9), gradients(model, batch)
     for a, b in zip(whole, chunked):
@@ -144,12 +154,13 @@ def test_chunks_of_the_lm_head_change_neither_scores_nor_gradients(models, famil
 def test_the_lm_head_sees_completion_positions_only_and_at_most_a_chunk(models, monkeypatch):
     model, samples = models("llama"), sample_with(models("llama"))
     batch, seen = collate(samples, 0, "cpu"), []
-    monkeypatch.setattr(rollout, "LOGITS_AT_ONCE", 7 * VOCAB)
+    monkeypatch.setattr(rollout, "ROWS", 7)
+    monkeypatch.setattr(rollout, "LOGITS_AT_ONCE", 20 * VOCAB)  # two blocks of rows
     handle = model.get_output_embeddings().register_forward_hook(lambda _, args, out: seen.append(out.shape[:-1].numel()))
     with torch.no_grad():
         score(model, batch, 1.0)
     handle.remove()
-    assert max(seen) <= 7 and sum(seen) == sum(len(s["completion_ids"]) for s in samples)
+    assert max(seen) == 14 and sum(seen) == sum(len(s["completion_ids"]) for s in samples)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -286,7 +286,8 @@ def test_nothing_but_train_knows_the_others():
 
 def test_lora_trains_adapters_only_and_its_checkpoint_loads_and_resumes(tmp_path):
     pytest.importorskip("peft")
-    from rollout import collate, load_model, resolve_model, score
+    from models import load_model, resolve_model
+    from rollout import collate, score
 
     flags = ["--lora-rank", "4", "--learning-rate", "1e-3", "--gradient-checkpointing"]
     whole = run(tmp_path / "whole", *flags, "--steps", "2")

@@ -1,0 +1,244 @@
+"""A model and the machine it runs on: device, where weights come from, which matrix product, how much memory.
+
+On a CPU torch multiplies fp32 matrices by MKL. On AMD processors MKL leaves out their AVX-512 units, and oneDNN, which torch
+carries too, is twice as fast (2 cores of an EPYC: 460 against 200 GFLOP/s), in the same precision. `load_model` measures both
+and takes oneDNN where it is clearly ahead: a training step of 25M parameters then takes FIGURE of the time.
+"""
+
+import os
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from data import UserError
+from runs import latest_checkpoint
+
+ROWS = 256  # of a block of a product by oneDNN
+WORTHWHILE = 2**15  # weights of a layer; for smaller ones a call to oneDNN costs what it saves
+CHAT_ENDS = ("<|im_end|>", "<|eot_id|>")  # where a chat turn ends, also for base models whose eos is another token
+
+
+def pick_device(name="auto"):
+    """The torch device of that name; "auto" is the best of this machine. Raises UserError when it is not there."""
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(device for device, there in present.items() if there)
+    if not present[name]:
+        raise UserError(f"--device {name}: this machine (or this build of torch {torch.__version__}) has none; use --device cpu")
+    return torch.device(name)
+
+
+def onednn(x, weight, bias=None):
+    """x @ weight.T + bias by the operator to which torch's own compiler turns linear layers on a CPU."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def multiply(x, weight, bias=None):
+    """`onednn` for [N, in], N >= ROWS, in blocks of ROWS rows: it compiles a kernel for every shape, 1 ms and up to 4 MB each."""
+    starts = [min(start, len(x) - ROWS) for start in range(0, len(x), ROWS)]  # the last block begins inside the one before
+    blocks = [onednn(x[start : start + ROWS], weight, bias) for start in starts]
+    if len(starts) > 1:
+        blocks[-1] = blocks[-1][starts[-2] + ROWS - starts[-1] :]
+    return torch.cat(blocks) if len(starts) > 1 else blocks[0]
+
+
+class Product(torch.autograd.Function):
+    """`multiply` with its gradients, which are two more products."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return multiply(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        shape, x, grad = x.shape, x.flatten(0, -2), grad.flatten(0, -2)  # [N, in], [N, out]
+        for_x, for_weight, for_bias = ctx.needs_input_grad
+        if for_weight:
+            whole = len(x) // ROWS * ROWS
+            weight_grad = grad[whole:].t() @ x[whole:]  # what is left over is no block
+            for start in range(0, whole, ROWS):
+                weight_grad += onednn(grad[start : start + ROWS].t(), x[start : start + ROWS].t())
+        return (
+            multiply(grad, weight.t()).view(shape) if for_x else None,
+            weight_grad if for_weight else None,
+            grad.sum(dim=0) if for_bias else None,
+        )
+
+
+class OneDNNLinear(torch.nn.Linear):
+    """torch.nn.Linear, multiplied by oneDNN from ROWS rows on; by fewer rows while its weight is packed."""
+
+    packed = None  # the weight in oneDNN's own layout, while `packed_weights` holds
+
+    def forward(self, x):
+        if self.packed is not None:
+            return onednn(x, self.packed, self.bias)
+        return Product.apply(x, self.weight, self.bias) if x.shape[:-1].numel() >= ROWS else super().forward(x)
+
+
+def use_fastest_product(model):
+    """Makes the model's fp32 linear layers OneDNNLinear where that is clearly faster here; returns whether it did."""
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    a, seconds = torch.randn(512, 512), {}
+    for product in (onednn, torch.nn.functional.linear):
+        laps = []
+        for _ in range(8):  # the first is a warm-up; the least counts, since noise only ever adds
+            start = time.perf_counter()
+            product(a, a)
+            laps.append(time.perf_counter() - start)
+        seconds[product] = min(laps[1:])
+    if seconds[onednn] * 1.3 > seconds[torch.nn.functional.linear]:
+        return False
+    for module in model.modules():
+        if type(module) is torch.nn.Linear and module.weight.dtype == torch.float32 and module.weight.numel() > WORTHWHILE:
+            module.__class__ = OneDNNLinear
+    return True
+
+
+@contextmanager
+def packed_weights(model, rows):
+    """Within it every OneDNNLinear also holds its weight packed for products of about so many rows: a seventh less time to sample.
+
+    For as long as no weight changes. The copy takes the room of the gradients, which are not there while sampling.
+    """
+    layers = [module for module in model.modules() if isinstance(module, OneDNNLinear)]
+    try:
+        for layer in layers:
+            layer.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), rows)
+        yield
+    finally:
+        for layer in layers:
+            layer.packed = None
+
+
+OWNERS = {"Qwen": "Qwen", "Llama-3": "meta-llama", "Mistral-": "mistralai", "DeepSeek-R1-Distill": "deepseek-ai"}
+
+
+def resolve_model(name):
+    """What --model means: a directory, a run of train.py (its last checkpoint), or a hub id, whose owner may be left out.
+
+    Qwen2.5-1.5B becomes Qwen/Qwen2.5-1.5B; "tiny" is the embedded model wherever the scripts are called from.
+    Raises UserError when the name can only be a directory and there is none.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return str(path if (path / "config.json").exists() else latest_checkpoint(path) or path)
+    if name == "tiny":
+        return str(Path(__file__).parent / "tiny")
+    owner = next((owner for prefix, owner in OWNERS.items() if name.startswith(prefix)), None)
+    if "/" not in name and owner:
+        return f"{owner}/{name}"
+    if "/" not in name or name.startswith(("/", ".", "~")) or name.count("/") > 1:
+        raise UserError(f"--model {name}: there is no such directory, and a hub id is OWNER/NAME (or starts with {', '.join(OWNERS)})")
+    return name
+
+
+def from_hub_or_disk(loader, name, **options):
+    """`loader.from_pretrained`, with the many ways in which it can fail turned into one line."""
+    import logging
+
+    from safetensors import SafetensorError
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a dozen lines of retries; what went wrong is said below
+    try:
+        return loader.from_pretrained(name, **options)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        reason = (str(error).strip() or repr(error)).splitlines()[0][:200]
+        if os.path.isdir(name):
+            raise UserError(f"--model {name} cannot be loaded: {reason}") from error
+        raise UserError(
+            f"--model {name}: not on this machine and not to be had from the hub ({reason}); check the name, log in if it is "
+            "gated (hf auth login), or download it where there is a network (hf download) and give its directory"
+        ) from error
+
+
+def load_tokenizer(name):
+    """The tokenizer of a directory or a hub id."""
+    from transformers import AutoTokenizer
+
+    if not os.path.isdir(name):
+        print(f"looking for {name} in the cache and on the hub", flush=True)  # without a network that takes most of a minute
+    return from_hub_or_disk(AutoTokenizer, name)
+
+
+def load_model(name, device, dtype=torch.float32):
+    """The causal language model of a directory or a hub id, without dropout.
+
+    Weights are fp32 by default: at a learning rate of 1e-6 an update is lost in the rounding of bf16 weights.
+    Raises UserError with one line when the model cannot be had.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model = from_hub_or_disk(AutoModelForCausalLM, name, dtype=dtype, use_safetensors=True)
+    for module in model.modules():  # dropout would make two passes over the same tokens disagree, and the ratio with them
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):  # F.dropout with a rate of the module's own
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+    if torch.device(device).type == "cpu":
+        use_fastest_product(model)
+    return model.to(device).eval()
+
+
+def fastest_thread_count(model):
+    """Measures a few forward passes with one thread and with all: for a small model, or on a busy machine, one is faster."""
+    if sum(p.numel() for p in model.parameters()) > 50e6:
+        return os.cpu_count() or 1
+    ids, seconds = torch.zeros(64, 48, dtype=torch.long), {}
+    for threads in (1, os.cpu_count() or 1):
+        torch.set_num_threads(threads)
+        with torch.no_grad():
+            model(input_ids=ids, logits_to_keep=1)  # warm-up
+            start = time.perf_counter()
+            for _ in range(3):
+                model(input_ids=ids, logits_to_keep=1)
+        seconds[threads] = time.perf_counter() - start
+    return min(seconds, key=seconds.get)
+
+
+def memory_estimate(model, device, args, longest_prompt):
+    """What a run will hold, in GB, computed and not measured: a dict weights, optimizer, cache, activations.
+
+    The larger of the last two counts: sampling and updating take turns. args: the flags of train.py.
+    """
+    config, parameters = model.config, list(model.parameters())
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    weights = sum(p.numel() * p.element_size() for p in parameters) * (2 if args.algo == "grpo" and args.beta else 1)
+    weights += 2 * trained * (device.type == "cuda")  # autocast's bf16 copies
+    optimizer = 12 * trained  # fp32 gradients and AdamW's two moments
+    layers, width = config.num_hidden_layers, config.hidden_size
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or width // config.num_attention_heads
+    rows = min(args.rollout_batch_size, args.num_prompts * args.num_generations)
+    cache = 2 * layers * heads * head_dim * 4 * rows * (longest_prompt + args.max_completion_length)
+    inner = getattr(config, "intermediate_size", None) or 4 * width
+    layer = 30 * width + (8 if device.type == "cuda" else 16) * inner  # bytes a token, counted with saved_tensors_hooks
+    kept = layers * 4 * width + layer if args.gradient_checkpointing else layers * layer
+    parts = {"weights": weights, "optimizer": optimizer, "cache": cache, "activations": kept * args.max_tokens_per_batch}
+    return {name: size / 1e9 for name, size in parts.items()}
+
+
+def stop_token_ids(model, tokenizer):
+    """Every token that ends a completion: the tokenizer's eos, those of the generation_config, the chat template's end of turn."""
+    named = model.generation_config.eos_token_id
+    named = named if isinstance(named, list) else [named]
+    template, vocabulary = str(tokenizer.chat_template or ""), tokenizer.get_vocab()
+    named += [vocabulary[token] for token in CHAT_ENDS if token in template and token in vocabulary]
+    return sorted({token for token in [tokenizer.eos_token_id, *named] if token is not None})
+
+
+def check_positions(model, tokens):
+    """Raises UserError when prompt and completion together can be longer than the model has positions for."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit and tokens > limit:
+        raise UserError(f"prompt and completion can take {tokens} tokens and the model has {limit} positions: lower --max-completion-length")
