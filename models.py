@@ -82,19 +82,24 @@ class OneDNNLinear(torch.nn.Linear):
         return Product.apply(x, self.weight, self.bias) if x.shape[:-1].numel() >= ROWS else super().forward(x)
 
 
-def use_fastest_product(model):
-    """Makes the model's fp32 linear layers OneDNNLinear where that is clearly faster here; returns whether it did."""
+def onednn_is_faster():
+    """Measures one product both ways: clearly faster is a quarter less time, so that a busy moment does not decide."""
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False
     a, seconds = torch.randn(512, 512), {}
     for product in (onednn, torch.nn.functional.linear):
         laps = []
-        for _ in range(8):  # the first is a warm-up; the least counts, since noise only ever adds
+        for _ in range(8):  # the first compiles; the least counts, since noise only adds
             start = time.perf_counter()
             product(a, a)
             laps.append(time.perf_counter() - start)
         seconds[product] = min(laps[1:])
-    if seconds[onednn] * 1.3 > seconds[torch.nn.functional.linear]:
+    return seconds[onednn] < 0.75 * seconds[torch.nn.functional.linear]
+
+
+def use_fastest_product(model):
+    """Makes the model's fp32 linear layers OneDNNLinear where that is clearly faster here; returns whether it is."""
+    if not onednn_is_faster():
         return False
     for module in model.modules():
         if type(module) is torch.nn.Linear and module.weight.dtype == torch.float32 and module.weight.numel() > WORTHWHILE:
@@ -170,6 +175,11 @@ def load_tokenizer(name):
     return from_hub_or_disk(AutoTokenizer, name)
 
 
+def head_dim(config):
+    """The width of an attention head."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def load_model(name, device, dtype=torch.float32):
     """The causal language model of a directory or a hub id, without dropout.
 
@@ -187,6 +197,8 @@ def load_model(name, device, dtype=torch.float32):
                 setattr(module, name, 0.0)
     if torch.device(device).type == "cpu":
         use_fastest_product(model)
+        if head_dim(model.config) < 16:  # torch's CPU kernel for attention is slow on narrow heads: a fifth of tiny's step
+            model.set_attn_implementation("eager")
     return model.to(device).eval()
 
 
@@ -215,15 +227,17 @@ def memory_estimate(model, device, args, longest_prompt):
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     weights = sum(p.numel() * p.element_size() for p in parameters) * (2 if args.algo == "grpo" and args.beta else 1)
     weights += 2 * trained * (device.type == "cuda")  # autocast's bf16 copies
+    weights += sum(p.numel() for p in parameters) * (2 if device.type == "cuda" else 4) * args.compile
     optimizer = 12 * trained  # fp32 gradients and AdamW's two moments
     layers, width = config.num_hidden_layers, config.hidden_size
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or width // config.num_attention_heads
     rows = min(args.rollout_batch_size, args.num_prompts * args.num_generations)
-    cache = 2 * layers * heads * head_dim * 4 * rows * (longest_prompt + args.max_completion_length)
+    cache = 2 * layers * heads * head_dim(config) * 4 * rows * (longest_prompt + args.max_completion_length)
     inner = getattr(config, "intermediate_size", None) or 4 * width
     layer = 30 * width + (8 if device.type == "cuda" else 16) * inner  # bytes a token, counted with saved_tensors_hooks
     kept = layers * 4 * width + layer if args.gradient_checkpointing else layers * layer
+    packed = sum(module.weight.numel() * 4 for module in model.modules() if isinstance(module, OneDNNLinear))
+    cache += max(0, packed - 4 * trained)  # `packed_weights`, less the gradients, which are not there at that time
     parts = {"weights": weights, "optimizer": optimizer, "cache": cache, "activations": kept * args.max_tokens_per_batch}
     return {name: size / 1e9 for name, size in parts.items()}
 

@@ -13,9 +13,13 @@ A sample is a dict: prompt_ids and completion_ids (lists of token ids; the compl
 it is truncated), logp (the sampler's, a list), truncated (bool).
 """
 
+from contextlib import nullcontext
+
 import torch
+import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from data import UserError
 from models import ROWS, packed_weights
 
 LOGITS_AT_ONCE = 2**23  # logits in one chunk of the LM head: 32 MB in fp32, but ROWS rows at least (156 MB for Qwen)
@@ -50,12 +54,42 @@ def batch_size(going):
     return -(-going // step) * step
 
 
+def static_decoding(model, length):
+    """Decoding compiled over caches of a fixed size: on a GPU one CUDA graph a token in place of some thousand kernel launches.
+
+    length: tokens of prompt and completion together, at most. Returns a dict for `sample`: move(cache, rows) copies those rows
+    of a cache into the one kept for as many rows (a graph finds its tensors at the same addresses every time), step(...) is one
+    forward pass. Each number of rows is compiled once, for a minute or so. Not measured on a GPU; a CPU only loses by it.
+    """
+    from transformers import StaticCache
+
+    caches = {}
+
+    def move(cache, rows):
+        fixed = caches.setdefault(len(rows), StaticCache(config=model.config, max_cache_len=length))
+        for new, old in zip(fixed.layers, cache.layers):
+            if new.is_sliding:
+                raise UserError(f"--compile: {model.config.model_type} attends to a sliding window, which this does not know; leave it out")
+            if not new.is_initialized:
+                new.lazy_initialization(old.keys[rows], old.values[rows])
+            filled = old.keys.shape[2]
+            new.keys[:, :, :filled], new.values[:, :, :filled] = old.keys[rows], old.values[rows]
+            new.cumulative_length.fill_(old.get_seq_length())
+        return fixed
+
+    def step(token, mask, position, cache):
+        return model(input_ids=token, attention_mask=mask, position_ids=position, past_key_values=cache).logits
+
+    return {"length": length, "move": move, "step": torch.compile(step, mode="reduce-overhead", fullgraph=True, dynamic=False)}
+
+
 @torch.no_grad()
-def sample(model, prompts, num_generations, *, max_completion_length, temperature, stop_ids, generator):
+def sample(model, prompts, num_generations, *, max_completion_length, temperature, stop_ids, generator, static=None):
     """Samples `num_generations` completions for each prompt, all at once: the caller bounds the number of rows.
 
     prompts: list of lists of token ids; max_completion_length in tokens, the stop token included; stop_ids: the tokens
-    that end a completion; generator: a CPU torch.Generator, the only source of randomness (the same on every device).
+    that end a completion; generator: a CPU torch.Generator, the only source of randomness (the same on every device);
+    static: from `static_decoding`, of the same model.
     Returns a list of samples (see above), those of one prompt next to each other.
     """
     model.eval()  # in train mode gradient checkpointing turns the cache off, and decoding becomes quadratic
@@ -70,7 +104,10 @@ def sample(model, prompts, num_generations, *, max_completion_length, temperatur
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
     out = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
     cache = out.past_key_values
-    cache.batch_repeat_interleave(G)
+    if static:
+        cache = static["move"](cache, torch.arange(B, device=device) // G)
+    else:
+        cache.batch_repeat_interleave(G)
     logits, mask = out.logits[:, -1].repeat_interleave(G, dim=0), mask.repeat_interleave(G, dim=0)
     position = positions[:, -1:].repeat_interleave(G, dim=0)  # [B, 1]
 
@@ -79,7 +116,10 @@ def sample(model, prompts, num_generations, *, max_completion_length, temperatur
     lengths = torch.full((B,), T, device=device)
     truncated = torch.ones(B, dtype=torch.bool, device=device)
     rows = torch.arange(B, device=device)  # those in the batch
-    with packed_weights(model, B):
+    sizes = [B // 8, B // 4, B // 2, B] if static else [batch_size(n) for n in range(1, B + 1)]
+    if static:
+        mask = F.pad(mask, (0, static["length"] - L), value=1)  # the rest of the cache: causal attention does not see it yet
+    with nullcontext() if static else packed_weights(model, B):
         for t in range(T):
             token, logp = draw(logits, uniforms[t, rows], temperature)
             tokens[rows, t], logps[rows, t] = token, logp  # of a row that has ended, beyond its length: never looked at
@@ -88,14 +128,21 @@ def sample(model, prompts, num_generations, *, max_completion_length, temperatur
             going = truncated[rows].sum().item()
             if going == 0 or t == T - 1:
                 break
-            if batch_size(going) < len(rows):
-                kept = truncated[rows].argsort(descending=True, stable=True)[: batch_size(going)]
-                cache.batch_select_indices(kept)
+            size = next(size for size in sizes if size >= going)
+            if size < len(rows):
+                kept = truncated[rows].argsort(descending=True, stable=True)[:size]  # the unfinished, and some more to fill up
+                if static:
+                    cache = static["move"](cache, kept)
+                else:
+                    cache.batch_select_indices(kept)
                 rows, token, mask, position = rows[kept], token[kept], mask[kept], position[kept]
-            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
             position = position + 1
-            out = model(input_ids=token.unsqueeze(1), attention_mask=mask, position_ids=position, past_key_values=cache)
-            logits = out.logits[:, -1]
+            if static:
+                logits = static["step"](token.unsqueeze(1), mask, position, cache)[:, -1]
+            else:
+                mask = F.pad(mask, (0, 1), value=1)
+                out = model(input_ids=token.unsqueeze(1), attention_mask=mask, position_ids=position, past_key_values=cache)
+                logits = out.logits[:, -1]
 
     return [
         {"prompt_ids": prompts[row // G], "completion_ids": row_tokens[:n], "logp": row_logps[:n], "truncated": cut}

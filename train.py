@@ -15,8 +15,10 @@ by 1/|y_i|). They part at the later ones: a setting with one update per rollout 
 """
 
 import argparse
+import copy
 import math
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import data
@@ -29,8 +31,8 @@ from runs import (
 
 # What works without a flag: on the embedded model, and on real ones (one 80 GB GPU). --preset paper is Section 4.1 of TEPO,
 # whose "updated 8 times" and mini-batches of 16 of 64 prompts are read as 4 mini-batches x 2 epochs. LORA: adapters want more.
-TINY = dict(data="arithmetic", steps=30, num_prompts=32, learning_rate=3e-5, max_completion_length=48, rollout_batch_size=512, num_iterations=1, save_steps=10, gradient_checkpointing=False)  # fmt: skip
-REAL = dict(data="dapo-math-17k", steps=100, num_prompts=64, learning_rate=1e-6, max_completion_length=2048, rollout_batch_size=128, num_iterations=1, save_steps=20, gradient_checkpointing=True)  # fmt: skip
+TINY = dict(data="arithmetic", steps=30, num_prompts=32, learning_rate=3e-5, max_completion_length=48, rollout_batch_size=512, num_iterations=1, save_steps=10, gradient_checkpointing=False, compile=False)  # fmt: skip
+REAL = dict(data="dapo-math-17k", steps=100, num_prompts=64, learning_rate=1e-6, max_completion_length=2048, rollout_batch_size=128, num_iterations=1, save_steps=20, gradient_checkpointing=True, compile=False)  # fmt: skip
 PAPER = REAL | dict(steps=72, learning_rate=5e-7, max_completion_length=8192, num_iterations=2, rollout_batch_size=32)
 LORA = dict(learning_rate=1e-5)
 ALGO = {
@@ -66,6 +68,7 @@ def build_parser():
     flag("--max-completion-length", None, "tokens of a completion, at most", int)
     flag("--temperature", 1.0, "sampling temperature; log-probs are taken at it too")
     flag("--rollout-batch-size", None, "completions sampled at once: bounds the key/value cache", int)
+    flag("--compile", None, "decode by torch.compile and CUDA graphs, with a bf16 copy of the weights; for a GPU, where it was not measured", bool)
     flag("--dynamic-sampling", None, "groups of equal scores: off keeps them, filter drops them, refill samples on until the batch is full of mixed groups", choices=["off", "filter", "refill"])  # fmt: skip
     flag("--max-sampling-rounds", 10, "cap on refill: rollouts of num-prompts prompts a step")
     # Reward
@@ -178,7 +181,7 @@ def train(args):
     from models import (
         check_positions, fastest_thread_count, load_model, load_tokenizer, memory_estimate, pick_device, resolve_model, stop_token_ids,
     )  # fmt: skip
-    from rollout import collate, micro_batches, sample, score
+    from rollout import collate, micro_batches, sample, score, static_decoding
 
     check_output_dir(args)
     device, name = pick_device(args.device), resolve_model(args.model)
@@ -200,6 +203,10 @@ def train(args):
         torch.set_num_threads(args.threads)
     write_json(directory / "args.json", vars(args))
 
+    static, sampler = None, model
+    if args.compile:
+        sampler = copy.deepcopy(model).requires_grad_(False).to(torch.bfloat16 if device.type == "cuda" else torch.float32)
+        static = static_decoding(sampler, longest + args.max_completion_length)
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable()
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -226,12 +233,16 @@ def train(args):
         chosen = data.take(problems, cursor, count, args.seed)
         cursor += count
         samples, at_once = [], max(1, args.rollout_batch_size // args.num_generations)
+        if static:
+            with torch.no_grad():
+                for own, trained in zip(sampler.parameters(), model.parameters()):
+                    own.copy_(trained)
         for start in range(0, count, at_once):
-            with autocast:
+            with nullcontext() if static else autocast:
                 samples += sample(
-                    model, [problem["prompt_ids"] for problem in chosen[start : start + at_once]], args.num_generations,
+                    sampler, [problem["prompt_ids"] for problem in chosen[start : start + at_once]], args.num_generations,
                     max_completion_length=args.max_completion_length, temperature=args.temperature, stop_ids=stop_ids,
-                    generator=generator,
+                    generator=generator, static=static,
                 )  # fmt: skip
         for i, s in enumerate(samples):
             s["problem"] = chosen[i // args.num_generations]
@@ -308,7 +319,6 @@ def train(args):
         for batches, totals in minis * args.num_iterations:
             if not totals["tokens"]:  # all truncated, and filtered out: even an empty step would let AdamW's momentum move
                 continue
-            optimizer.zero_grad()
             for batch in batches:
                 with autocast:
                     logp, entropy = score(model, batch, args.temperature)
@@ -325,6 +335,7 @@ def train(args):
                 raise UserError(f"step {step}: the gradient is {grad_norms[-1]}, so training stops before it reaches the weights; "
                                 "--resume with a lower --learning-rate goes on from the last checkpoint")  # fmt: skip
             optimizer.step()
+            optimizer.zero_grad()  # here rather than before the next update: no gradient takes up memory while sampling
         clock.append(time.perf_counter())
 
         # 5. log

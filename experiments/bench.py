@@ -8,9 +8,10 @@ that a drifting machine slows both; the first step of each process is a warm-up.
 one token in --mean-length counts as end-of-text: lengths are geometric, cut at --max-completion-length, as uneven as real
 ones. The two engines draw different lengths, so seconds are also given for a thousand completion tokens.
 
-Memory is the peak of the process above what it held before the model was loaded, less the weights (it still has the
-gradients and AdamW's moments). The limit is the arithmetic that the step cannot avoid (2 FLOPs a weight and token forward,
-4 backward, attention left out) over the rate of a large matrix product on this machine, measured in the same run.
+Memory is the peak while training above what the process held when the model was loaded (so it has the gradients and AdamW's
+moments). The limit is what the step cannot avoid over what this machine was just measured to do: FLOPs (2 a weight and token
+forward, 4 backward, attention left out) over the rate of a large matrix product, the fastest that torch has; for a decode
+step bytes (every weight, and the keys and values of its rows) over the rate of a large copy, where that is longer.
 """
 
 import argparse
@@ -61,42 +62,75 @@ def prepare(args, folder):
 
 
 def resident_gb():
-    """What this process holds now, and the most it ever held, in GB (Linux)."""
+    """What this process holds now, and the most it ever held, in GB: of the GPU's memory if it used any, else of the machine's (Linux)."""
+    import torch
+
+    if torch.cuda.is_initialized():
+        return [torch.cuda.memory_allocated() / 1e9, torch.cuda.max_memory_allocated() / 1e9]
     status = Path("/proc/self/status").read_text()
     return [int(status.split(f"{key}:")[1].split()[0]) / 1e6 for key in ("VmRSS", "VmHWM")]
 
 
 def ours(args, folder):
-    """`train.train`, as a user runs it."""
+    """`train.train`, as a user runs it; rollout.sample is watched from outside for the time of its first forward pass, the prefill."""
+    import torch
+
+    import models
+    import rollout
     import train
 
     work = WORK[args.shape]
     flags = dict(
         algo="dapo", model=args.model, data=args.data, steps=args.steps + 1, num_prompts=work["num_prompts"], num_generations=8,
         max_completion_length=work["max_completion_length"], dynamic_sampling="off", overlong="none", device=args.device,
-        threads=args.threads, steps_per_generation=4, output_dir=folder / "run",
+        threads=args.threads, steps_per_generation=4, learning_rate=1e-6, output_dir=folder / "run",
     )  # fmt: skip
     argv = [part for name, value in flags.items() for part in (f"--{name.replace('_', '-')}", str(value))]
-    # What train.py imports on the way counts as much as what `import trl` does: not.
-    import datasets  # noqa: F401
-    import matplotlib.pyplot  # noqa: F401
-    import torch  # noqa: F401
-    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
+    argv += ["--no-gradient-checkpointing"]
+    load_model, sample, before, laps = models.load_model, rollout.sample, [], []
 
-    import rollout  # noqa: F401
+    def now():
+        if args.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
 
-    before = resident_gb()[0]
+    def watched_load(*arguments, **options):
+        model = load_model(*arguments, **options)
+        before.append(resident_gb()[0])
+        return model
+
+    def watched_sample(model, *arguments, **options):
+        prefilled, start = [], now()
+
+        def first_pass(*_):
+            prefilled.append(now())
+            hook.remove()
+
+        hook = model.register_forward_hook(first_pass)
+        samples = sample(model, *arguments, **options)
+        laps.append({"prefill": prefilled[0] - start, "decode": now() - prefilled[0], "prompts": [len(s["prompt_ids"]) for s in samples[::8]],
+                     "lengths": [len(s["completion_ids"]) for s in samples]})  # fmt: skip
+        return samples
+
+    models.load_model, rollout.sample = watched_load, watched_sample
     rows = train.train(train.parse_args(argv))[1:]
-    count = work["num_prompts"] * 8
+    per_step = len(laps) // (args.steps + 1)
+    steps = [laps[i : i + per_step] for i in range(per_step, len(laps), per_step)]
+    merged = [{key: sum((lap[key] for lap in step), type(step[0][key])()) for key in step[0]} for step in steps]
     return {
-        "before": before, "tokens": [row["completions/mean_length"] * count for row in rows],
+        "before": before[0], "after": rows[-1]["peak_memory_gb"], "tokens": [sum(step["lengths"]) for step in merged],
+        "lengths": [step["lengths"] for step in merged], "prompts": [step["prompts"] for step in merged],
         "seconds": [sum(row[f"seconds/{phase}"] for phase in ("sample", "score", "update")) for row in rows],
-        **{phase: [row[f"seconds/{phase}"] for row in rows] for phase in ("sample", "score", "update")},
+        "prefill": [step["prefill"] for step in merged], "decode": [step["decode"] for step in merged],
+        "score": [row["seconds/score"] for row in rows], "update": [row["seconds/update"] for row in rows],
     }  # fmt: skip
 
 
 def trl(args, folder):
-    """GRPOTrainer with its transformers backend: DAPO loss, no KL, no gradient checkpointing, four updates a rollout."""
+    """GRPOTrainer with its transformers backend: DAPO loss, no KL, no gradient checkpointing, four updates a rollout.
+
+    What it does beside generating (scoring, four updates) is given as update.
+    """
     import datasets
     import torch
     from transformers import TrainerCallback
@@ -106,7 +140,7 @@ def trl(args, folder):
     from reward import is_right
     from models import load_tokenizer
 
-    before, work = resident_gb()[0], WORK[args.shape]
+    work = WORK[args.shape]
     torch.set_num_threads(args.threads)
     tokenizer = load_tokenizer(args.model)
     problems = data.load_problems(args.data, "train")[0]
@@ -128,7 +162,7 @@ def trl(args, folder):
         output_dir=str(folder / "trl"), max_steps=4 * (args.steps + 1), per_device_train_batch_size=work["num_prompts"] * 2,
         steps_per_generation=4, num_generations=8, max_completion_length=work["max_completion_length"], temperature=1.0,
         loss_type="dapo", beta=0.0, epsilon_high=0.28, learning_rate=1e-6, lr_scheduler_type="constant", weight_decay=0.0,
-        adam_beta2=0.95, bf16=False, use_cpu=args.device == "cpu", gradient_checkpointing=False, logging_steps=10**6,
+        adam_beta2=0.95, bf16=args.device == "cuda", use_cpu=args.device == "cpu", gradient_checkpointing=False, logging_steps=10**6,
         save_strategy="no", report_to="none", disable_tqdm=True, model_init_kwargs={"dtype": "float32"},
     )  # fmt: skip
     trainer = GRPOTrainer(model=args.model, args=config, train_dataset=rows, reward_funcs=reward, processing_class=tokenizer, callbacks=[Clock()])
@@ -141,41 +175,69 @@ def trl(args, folder):
         return out
 
     trainer.model.generate = timed
+    before = resident_gb()[0]
     trainer.train()
     cycles = clock[::4]  # the rollout happens inside the first of four steps
-    return {"before": before, "tokens": tokens[1:], "seconds": [b - a for a, b in zip(cycles, cycles[1:])][1:], "sample": sampling[1:]}
+    seconds = [b - a for a, b in zip(cycles, cycles[1:])][1:]
+    return {
+        "before": before, "after": resident_gb()[1], "tokens": tokens[1:], "seconds": seconds, "decode": sampling[1:],
+        "update": [whole - part for whole, part in zip(seconds, sampling[1:])],
+    }  # fmt: skip
 
 
 def child(args):
     """One engine in a process of its own: prints a line of JSON."""
     with tempfile.TemporaryDirectory() as folder:
         result = {"ours": ours, "trl": trl}[args.child](args, Path(folder))
-    result["memory"] = resident_gb()[1] - result.pop("before")
     print("RESULT " + json.dumps(result))
 
 
-def limit(args, tokens, prompt_tokens):
-    """Seconds of unavoidable arithmetic of a step (decode, score, update), at the rate of a large matrix product now."""
+def machine(args):
+    """What this machine does now: FLOP/s of a large matrix product, the fastest of torch's, and bytes/s of a large copy."""
+    import torch
+
+    import models
+
+    torch.set_num_threads(args.threads)
+    n, dtype = (8192, torch.bfloat16) if args.device == "cuda" else (2048, torch.float32)
+    a, block = torch.randn(n, n, dtype=dtype, device=args.device), torch.zeros(2**26, device=args.device)
+
+    def least(call):
+        laps = []
+        for _ in range(6):
+            start = time.perf_counter()
+            call()
+            if args.device == "cuda":
+                torch.cuda.synchronize()
+            laps.append(time.perf_counter() - start)
+        return min(laps)
+
+    products = [lambda: a @ a] + [lambda: models.onednn(a, a)] * (args.device == "cpu" and torch.backends.mkldnn.is_available())
+    target = torch.empty_like(block)
+    return 2 * n**3 / min(map(least, products)), 2 * block.numel() * 4 / least(lambda: target.copy_(block))
+
+
+def limit(args, flops, bandwidth, lengths, prompts):
+    """Seconds that each phase of a step must take. lengths: of all completions; prompts: of each group's prompt; in tokens."""
     import torch
     from transformers import AutoModelForCausalLM
 
+    import models
     from experiments.shapes import build_config
 
-    torch.set_num_threads(args.threads)
-    a = torch.randn(2048, 2048)
-    a @ a
-    start = time.perf_counter()
-    for _ in range(8):
-        a @ a
-    rate = 8 * 2 * 2048**3 / (time.perf_counter() - start)
     config = build_config(args.shape)
     with torch.device("meta"):
         total = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
-    head = config.vocab_size * config.hidden_size
+    head, size = config.vocab_size * config.hidden_size, 2 if args.device == "cuda" else 4
     body = total - head * (1 if config.tie_word_embeddings else 2)
-    decode = 2 * (body + head) * tokens
-    forward = 2 * body * (tokens + 8 * prompt_tokens) + 2 * head * tokens
-    return rate, {"sample": decode + 2 * body * prompt_tokens, "score": forward, "update": 3 * forward}
+    cache = 2 * config.num_hidden_layers * config.num_key_value_heads * models.head_dim(config) * size  # bytes of a token
+    decode = 0.0
+    for t in range(1, max(lengths)):  # the first token comes out of the prefill
+        rows = sum(n > t for n in lengths)
+        moved = size * (body + head) + cache * rows * (statistics.mean(prompts) + t)
+        decode += max(2 * (body + head) * rows / flops, moved / bandwidth)
+    forward = (2 * body * (sum(lengths) + 8 * sum(prompts)) + 2 * head * sum(lengths)) / flops
+    return {"prefill": 2 * (body * sum(prompts) + head * len(prompts)) / flops, "decode": decode, "score": forward, "update": 3 * forward}
 
 
 def main():
@@ -186,6 +248,7 @@ def main():
     parser.add_argument("--steps", type=int, default=2, help="timed steps of a process, after one warm-up")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where both run")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads of both")
+    parser.add_argument("--compile", action="store_true", help="this project with --compile")
     parser.add_argument("--child", choices=["ours", "trl"], help=argparse.SUPPRESS)
     parser.add_argument("--model", help=argparse.SUPPRESS)
     parser.add_argument("--data", help=argparse.SUPPRESS)
@@ -199,39 +262,38 @@ def main():
         for repeat in range(args.repeats):
             for engine in engines:
                 command = [sys.executable, __file__, "--child", engine, "--model", args.model, "--data", args.data]
-                for name in ("shape", "steps", "device", "threads"):
-                    command += [f"--{name}", str(getattr(args, name))]
+                command += [part for name in ("shape", "steps", "device", "threads") for part in (f"--{name}", str(getattr(args, name)))]
+                command += ["--compile"] * args.compile
                 done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "HF_HUB_OFFLINE": "1"})
                 line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT ")), None)
                 if line is None:
                     sys.exit(f"{engine} failed:\n{done.stderr.strip()[-800:]}\n(trl is an extra: pip install trl==1.16.0)")
                 results[engine].append(json.loads(line[7:]))
                 print(f"repeat {repeat + 1} {engine}: {statistics.median(results[engine][-1]['seconds']):.2f} s a step", flush=True)
-        weights = sum(f.stat().st_size for f in Path(args.model).glob("*.safetensors")) / 1e9
-        import data
-        from models import load_tokenizer
 
-        problems = data.encode_prompts(data.load_problems(args.data, "train")[0], load_tokenizer(args.model), 4096)[0]
-        prompt_tokens = statistics.mean(len(p["prompt_ids"]) for p in problems) * WORK[args.shape]["num_prompts"]
-
-    print(f"\n{'engine':<8}{'s a step':>10}{'min-max':>14}{'s/1k tokens':>13}{'sample':>9}{'score':>8}{'update':>8}{'tokens':>8}{'memory GB':>11}")
+    phases = ("prefill", "decode", "score", "update")
+    print(f"\n{'engine':<8}{'s a step':>10}{'min-max':>14}{'s/1k tokens':>13}" + "".join(f"{phase:>9}" for phase in phases) + f"{'tokens':>8}{'memory GB':>11}")
     medians = {}
     for engine, runs in results.items():
         pool = lambda key: [value for run in runs for value in run.get(key, [])]  # noqa: E731
         median = lambda key: statistics.median(pool(key)) if pool(key) else float("nan")  # noqa: E731
-        rates = [1000 * s / t for s, t in zip(pool("seconds"), pool("tokens"))]
-        medians[engine] = (median("seconds"), statistics.median(rates), statistics.median(run["memory"] for run in runs) - weights)
+        rate = statistics.median(1000 * s / t for s, t in zip(pool("seconds"), pool("tokens")))
+        medians[engine] = (median("seconds"), rate, statistics.median(run["after"] - run["before"] for run in runs))
         spread = f"{min(pool('seconds')):.2f}-{max(pool('seconds')):.2f}"
-        print(f"{engine:<8}{medians[engine][0]:>10.2f}{spread:>14}{medians[engine][1]:>13.3f}{median('sample'):>9.2f}{median('score'):>8.2f}"
-              f"{median('update'):>8.2f}{median('tokens'):>8.0f}{medians[engine][2]:>11.2f}")  # fmt: skip
+        print(f"{engine:<8}{medians[engine][0]:>10.2f}{spread:>14}{rate:>13.3f}" + "".join(f"{median(phase):>9.2f}" for phase in phases)
+              + f"{median('tokens'):>8.0f}{medians[engine][2]:>11.3f}")  # fmt: skip
     if len(engines) == 2:
         names = ("seconds a step", "seconds a token", "memory")
         print("ours / trl: " + ", ".join(f"{name} {ours / other:.2f}" for name, ours, other in zip(names, medians["ours"], medians["trl"])))
     if "ours" in results:
-        rate, work = limit(args, statistics.median(t for run in results["ours"] for t in run["tokens"]), prompt_tokens)
-        print(f"limit at {rate / 1e9:.0f} GFLOP/s: " + ", ".join(
-            f"{phase} {flops / rate:.2f} s ({100 * flops / rate / statistics.median(t for run in results['ours'] for t in run[phase]):.0f}% of it reached)"
-            for phase, flops in work.items()))  # fmt: skip
+        flops, bandwidth = machine(args)
+        reached = {phase: [] for phase in phases}
+        for run in results["ours"]:
+            for index, (lengths, prompts) in enumerate(zip(run["lengths"], run["prompts"])):
+                for phase, seconds in limit(args, flops, bandwidth, lengths, prompts).items():
+                    reached[phase].append(seconds / run[phase][index])
+        print(f"the limit, at {flops / 1e9:,.0f} GFLOP/s and {bandwidth / 1e9:,.0f} GB/s; of it reached: "
+              + ", ".join(f"{phase} {statistics.median(shares):.0%}" for phase, shares in reached.items()))  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rollout
-from models import load_model, stop_token_ids
+from data import UserError
 from rollout import batch_size, collate, draw, micro_batches, sample, score
 from tests.conftest import VOCAB, build_model
 
@@ -213,41 +213,34 @@ def test_micro_batches_hold_every_sample_once_and_stay_within_the_budget(lengths
         assert widest <= rollout.SPREAD * min(len(s["prompt_ids"]) + len(s["completion_ids"]) for s in part)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
-def test_loaded_models_have_no_dropout_in_train_mode_and_checkpointing_changes_no_gradient(family, tmp_path):
-    saved = build_model(family)
-    saved.save_pretrained(tmp_path)
-    model = load_model(str(tmp_path), "cpu")
-    batch = collate(sample_with(model), 0, "cpu")
-    model.train()
-    first, second = score(model, batch, 1.0)[0], score(model, batch, 1.0)[0]
-    assert torch.equal(first, second)
-    plain = gradients(model, batch)
-    model.activation_checkpointing_enable()
-    model.train()
-    for name, gradient in gradients(model, batch).items():
-        torch.testing.assert_close(gradient, plain[name], rtol=1e-4, atol=1e-5)
-    samples = sample_with(model)  # in train mode with checkpointing: the cache must be on all the same
-    assert [s["completion_ids"] for s in samples] == [s["completion_ids"] for s in sample_with(saved)]
-
-
-def test_stop_tokens_come_from_the_tokenizer_and_the_generation_config():
-    import tiny
-
-    model, tokenizer = build_model("llama"), tiny.build_tokenizer()
-    model.generation_config.eos_token_id = [7, 3]
-    assert stop_token_ids(model, tokenizer) == [0, 3, 7]
-    model.generation_config.eos_token_id = None
-    assert stop_token_ids(model, tokenizer) == [0]
-    from experiments.shapes import build_tokenizer
-
-    chat, plain = build_tokenizer(), build_tokenizer(chat_template=None)  # a base model whose eos does not end a chat turn
-    end = chat.convert_tokens_to_ids("<|im_end|>")
-    assert stop_token_ids(model, chat) == sorted({chat.eos_token_id, end}) and stop_token_ids(model, plain) == [plain.eos_token_id]
-
-
 def test_sampling_in_parts_draws_the_same_completions(models):
     generator = torch.Generator().manual_seed(0)
     options = dict(max_completion_length=10, temperature=1.0, stop_ids=[0, 1], generator=generator)
     parts = [s for prompt in PROMPTS for s in sample(models("llama"), [prompt], 3, **options)]
     assert [s["completion_ids"] for s in parts] == [s["completion_ids"] for s in sample_with(models("llama"))]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
+def test_decoding_over_a_cache_of_fixed_size_draws_the_same_completions(family, monkeypatch):
+    """The compiled path, traced in full but run without generated code, over two rollouts: the caches are used again."""
+    compile, model = torch.compile, build_model(family)
+    torch.compiler.reset()
+    monkeypatch.setattr(torch, "compile", lambda step, mode, **options: compile(step, backend="eager", **options))
+    static = rollout.static_decoding(model, length=max(map(len, PROMPTS)) + 10)
+    options = dict(max_completion_length=10, temperature=1.0, stop_ids=list(range(8)))
+    for seed in (0, 1):
+        plain, fixed = (
+            sample(model, PROMPTS, 4, generator=torch.Generator().manual_seed(seed), static=static if compiled else None, **options)
+            for compiled in (False, True)
+        )
+        assert [s["completion_ids"] for s in fixed] == [s["completion_ids"] for s in plain]
+        for a, b in zip(plain, fixed):
+            assert b["logp"] == pytest.approx(a["logp"], abs=1e-4)
+        assert len({len(s["completion_ids"]) for s in plain}) > 4, "rows must end at different times, or no cache was moved"
+
+
+def test_a_sliding_window_is_refused_by_the_compiled_path():
+    model = build_model("mistral")
+    with pytest.raises(UserError, match="sliding window"):
+        sample_static = rollout.static_decoding(model, length=40)
+        sample(model, PROMPTS, 2, max_completion_length=4, temperature=1.0, stop_ids=[0], generator=torch.Generator(), static=sample_static)

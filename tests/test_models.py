@@ -1,0 +1,167 @@
+"""Loading a model, and the products by oneDNN: nothing but the time may change."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import models as models_module
+from models import OneDNNLinear, load_model, multiply, packed_weights, stop_token_ids, use_fastest_product
+from rollout import collate, score
+from tests.conftest import build_model
+from tests.test_rollout import gradients, sample_with
+
+there = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+needs_onednn = pytest.mark.skipif(not there, reason="this build of torch has no oneDNN")
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Blocks of four rows and no layer too small, so that models of a test's size go through all of it."""
+    monkeypatch.setattr(models_module, "ROWS", 4)
+    monkeypatch.setattr(models_module, "WORTHWHILE", 0)
+    monkeypatch.setattr(models_module, "onednn_is_faster", lambda: True)
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@needs_onednn
+@settings(max_examples=60, deadline=None)
+@given(st.integers(4, 70), st.integers(1, 40), st.integers(1, 40), st.booleans(), st.integers(0, 2**31))
+def test_products_in_blocks_are_products(rows, inputs, outputs, bias, seed):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models_module, "ROWS", 4)
+        generator = torch.Generator().manual_seed(seed)
+        x, weight = torch.randn(rows, inputs, generator=generator), torch.randn(outputs, inputs, generator=generator)
+        b = torch.randn(outputs, generator=generator) if bias else None
+        exact = x.double() @ weight.double().t() + (b.double() if bias else 0)
+        close(multiply(x, weight, b).double(), exact)
+        close(multiply(x, weight.t().contiguous().t(), b).double(), exact)  # as the backward pass hands it over
+
+
+@needs_onednn
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_the_gradients_of_a_product_are_those_of_a_linear_layer(data):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models_module, "ROWS", 4)
+        batch, length = data.draw(st.integers(1, 5)), data.draw(st.integers(4, 11))
+        wants = data.draw(st.lists(st.booleans(), min_size=2, max_size=2).filter(any))
+        torch.manual_seed(data.draw(st.integers(0, 2**31)))
+        plain = torch.nn.Linear(data.draw(st.integers(1, 20)), data.draw(st.integers(1, 20)), bias=data.draw(st.booleans()))
+        plain.requires_grad_(wants[0])
+        fast = copy.deepcopy(plain)
+        fast.__class__ = OneDNNLinear
+        x = torch.randn(batch, length, plain.in_features)
+        weights = torch.randn(batch, length, plain.out_features)
+        inputs = [x.clone().requires_grad_(wants[1]) for _ in range(2)]
+        outputs = [layer(own) for layer, own in zip((plain, fast), inputs)]
+        close(outputs[1], outputs[0])
+        for out in outputs:
+            (out * weights).sum().backward()
+        for a, b in [(inputs[0], inputs[1]), *zip(plain.parameters(), fast.parameters())]:
+            assert (a.grad is None) == (b.grad is None)
+            if a.grad is not None:
+                close(b.grad, a.grad)
+
+
+@needs_onednn
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2"])
+def test_a_model_samples_scores_and_learns_the_same_with_either_product(family, small_blocks):
+    plain = build_model(family, attention_dropout=0.0)
+    fast = copy.deepcopy(plain)
+    assert use_fastest_product(fast) and any(isinstance(module, OneDNNLinear) for module in fast.modules())
+    samples = sample_with(plain)
+    assert [s["completion_ids"] for s in sample_with(fast)] == [s["completion_ids"] for s in samples]
+    batch = collate(samples, 0, "cpu")
+    for a, b in zip(score(plain, batch, 0.9), score(fast, batch, 0.9)):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    expected = gradients(plain, batch)
+    for name, gradient in gradients(fast, batch).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-3)
+    fast.train()
+    fast.activation_checkpointing_enable()
+    for name, gradient in gradients(fast, batch).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-3)
+
+
+@needs_onednn
+def test_packed_weights_multiply_the_same_and_are_gone_afterwards(small_blocks):
+    model = build_model("llama")
+    use_fastest_product(model)
+    layer = next(module for module in model.modules() if isinstance(module, OneDNNLinear))
+    x = torch.randn(3, 1, layer.in_features)
+    with torch.no_grad():
+        plain = layer(x)
+        with packed_weights(model, rows=3):
+            assert layer.packed is not None and torch.equal(layer.weight, copy.deepcopy(layer.weight))
+            close(layer(x), plain)
+    with pytest.raises(KeyboardInterrupt), packed_weights(model, rows=3):
+        raise KeyboardInterrupt
+    assert layer.packed is None  # a stale copy would sample from the policy before the update
+    with torch.no_grad():
+        layer.weight.mul_(2)
+        with packed_weights(model, rows=3):
+            close(layer(x), plain * 2 - (layer.bias if layer.bias is not None else 0))
+
+
+@needs_onednn
+def test_sampling_after_an_update_samples_from_the_updated_weights(small_blocks):
+    model = build_model("llama")
+    use_fastest_product(model)
+    before = sample_with(model)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)), alpha=0.2)
+    after = sample_with(model)
+    assert [s["completion_ids"] for s in after] != [s["completion_ids"] for s in before]
+    assert [s["completion_ids"] for s in after] == [s["completion_ids"] for s in sample_with(copy.deepcopy(model))]
+
+
+def test_layers_that_gain_nothing_are_left_alone(monkeypatch):
+    monkeypatch.setattr(models_module, "onednn_is_faster", lambda: True)
+    wide = 2 * int(models_module.WORTHWHILE**0.5)
+    half = torch.nn.Linear(wide, wide).to(torch.bfloat16)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), half, torch.nn.Linear(wide, wide))
+    use_fastest_product(model)
+    assert [type(module) for module in model] == [torch.nn.Linear, torch.nn.Linear, OneDNNLinear]
+    monkeypatch.setattr(models_module, "onednn_is_faster", lambda: False)
+    model = torch.nn.Sequential(torch.nn.Linear(wide, wide))
+    assert not use_fastest_product(model) and type(model[0]) is torch.nn.Linear
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+def test_loaded_models_have_no_dropout_in_train_mode_and_checkpointing_changes_no_gradient(family, tmp_path):
+    saved = build_model(family)
+    saved.save_pretrained(tmp_path)
+    model = load_model(str(tmp_path), "cpu")
+    batch = collate(sample_with(model), 0, "cpu")
+    model.train()
+    first, second = score(model, batch, 1.0)[0], score(model, batch, 1.0)[0]
+    assert torch.equal(first, second)
+    plain = gradients(model, batch)
+    model.activation_checkpointing_enable()
+    model.train()
+    for name, gradient in gradients(model, batch).items():
+        torch.testing.assert_close(gradient, plain[name], rtol=1e-4, atol=1e-5)
+    samples = sample_with(model)  # in train mode with checkpointing: the cache must be on all the same
+    assert [s["completion_ids"] for s in samples] == [s["completion_ids"] for s in sample_with(saved)]
+
+
+def test_stop_tokens_come_from_the_tokenizer_and_the_generation_config():
+    import tiny
+
+    model, tokenizer = build_model("llama"), tiny.build_tokenizer()
+    model.generation_config.eos_token_id = [7, 3]
+    assert stop_token_ids(model, tokenizer) == [0, 3, 7]
+    model.generation_config.eos_token_id = None
+    assert stop_token_ids(model, tokenizer) == [0]
+    from experiments.shapes import build_tokenizer
+
+    chat, plain = build_tokenizer(), build_tokenizer(chat_template=None)  # a base model whose eos does not end a chat turn
+    end = chat.convert_tokens_to_ids("<|im_end|>")
+    assert stop_token_ids(model, chat) == sorted({chat.eos_token_id, end}) and stop_token_ids(model, plain) == [plain.eos_token_id]
