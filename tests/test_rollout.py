@@ -138,6 +138,22 @@ def gradients(model, batch, temperature=0.9):
     return {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 9), st.integers(2, 30), st.floats(0.1, 20), st.integers(0, 2**31))
+def test_log_probs_entropies_and_gradients_are_those_of_log_softmax(rows, vocabulary, scale, seed):
+    generator = torch.Generator().manual_seed(seed)
+    logits = (scale * torch.randn(rows, vocabulary, generator=generator, dtype=torch.float64)).requires_grad_()
+    targets, weights = torch.randint(vocabulary, (rows,), generator=generator), torch.randn(rows, generator=generator, dtype=torch.float64)
+    logp, entropy = rollout.LogProb.apply(logits, targets)
+    (gradient,) = torch.autograd.grad((logp * weights).sum(), logits)
+    distribution = torch.log_softmax(logits, dim=-1)
+    expected = distribution[range(rows), targets]
+    torch.testing.assert_close(logp, expected)
+    torch.testing.assert_close(entropy, -(distribution.exp() * distribution).sum(-1), rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(gradient, torch.autograd.grad((expected * weights).sum(), logits)[0])
+    assert not entropy.requires_grad
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_chunks_of_the_lm_head_change_neither_scores_nor_gradients(models, family, monkeypatch):
     model, batch = models(family), collate(sample_with(models(family)), 0, "cpu")
