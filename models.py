@@ -2,7 +2,7 @@
 
 On a CPU torch multiplies fp32 matrices by MKL. On AMD processors MKL leaves out their AVX-512 units, and oneDNN, which torch
 carries too, is twice as fast (2 cores of an EPYC: 460 against 200 GFLOP/s), in the same precision. `load_model` measures both
-and takes oneDNN where it is clearly ahead: a training step of 25M parameters then takes FIGURE of the time.
+and takes oneDNN where it is clearly ahead: sampling, scoring and updating a Llama of 25M parameters then take 0.67 of the time.
 """
 
 import os
@@ -109,7 +109,7 @@ def use_fastest_product(model):
 
 @contextmanager
 def packed_weights(model, rows):
-    """Within it every OneDNNLinear also holds its weight packed for products of about so many rows: a seventh less time to sample.
+    """Within it every OneDNNLinear also holds its weight packed for products of about so many rows, which MKL did in 1.8 times the time.
 
     For as long as no weight changes. The copy takes the room of the gradients, which are not there while sampling.
     """
