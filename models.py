@@ -77,9 +77,9 @@ class OneDNNLinear(torch.nn.Linear):
     packed = None  # the weight in oneDNN's own layout, while `packed_weights` holds
 
     def forward(self, x):
-        if self.packed is not None:
-            return onednn(x, self.packed, self.bias)
-        return Product.apply(x, self.weight, self.bias) if x.shape[:-1].numel() >= ROWS else super().forward(x)
+        if x.shape[:-1].numel() >= ROWS:
+            return Product.apply(x, self.weight, self.bias)
+        return super().forward(x) if self.packed is None else onednn(x, self.packed, self.bias)
 
 
 def onednn_is_faster():

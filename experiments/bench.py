@@ -83,10 +83,10 @@ def ours(args, folder):
     flags = dict(
         algo="dapo", model=args.model, data=args.data, steps=args.steps + 1, num_prompts=work["num_prompts"], num_generations=8,
         max_completion_length=work["max_completion_length"], dynamic_sampling="off", overlong="none", device=args.device,
-        threads=args.threads, steps_per_generation=4, learning_rate=1e-6, output_dir=folder / "run",
+        threads=args.threads, steps_per_generation=4, learning_rate=1e-6, rollout_batch_size=512, output_dir=folder / "run",
     )  # fmt: skip
     argv = [part for name, value in flags.items() for part in (f"--{name.replace('_', '-')}", str(value))]
-    argv += ["--no-gradient-checkpointing"]
+    argv += ["--no-gradient-checkpointing"] + ["--compile"] * args.compile
     load_model, sample, before, laps = models.load_model, rollout.sample, [], []
 
     def now():
