@@ -115,7 +115,7 @@ def sample(model, prompts, num_generations, *, max_completion_length, temperatur
     tokens = torch.zeros(B, T, dtype=torch.long, device=device)
     logps = torch.zeros(B, T, device=device)
     lengths = torch.full((B,), T, device=device)
-    truncated = torch.ones(B, dtype=torch.bool, device=device)
+    truncated = torch.ones(B, dtype=torch.bool, device=device)  # until the row ends by a stop token
     rows = torch.arange(B, device=device)  # those in the batch
     sizes = [B // 8, B // 4, B // 2, B] if static else [batch_size(n) for n in range(1, B + 1)]
     if static:

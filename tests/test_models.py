@@ -38,9 +38,12 @@ def test_products_in_blocks_are_products(rows, inputs, outputs, bias, seed):
         generator = torch.Generator().manual_seed(seed)
         x, weight = torch.randn(rows, inputs, generator=generator), torch.randn(outputs, inputs, generator=generator)
         b = torch.randn(outputs, generator=generator) if bias else None
+        call, shapes = models_module.onednn, set()
+        patch.setattr(models_module, "onednn", lambda x, *rest: (shapes.add(tuple(x.shape)), call(x, *rest))[1])
         exact = x.double() @ weight.double().t() + (b.double() if bias else 0)
         close(multiply(x, weight, b).double(), exact)
         close(multiply(x, weight.t().contiguous().t(), b).double(), exact)  # as the backward pass hands it over
+        assert shapes == {(4, inputs)}  # one kernel compiled, whatever the number of rows
 
 
 @needs_onednn
@@ -71,8 +74,13 @@ def test_the_gradients_of_a_product_are_those_of_a_linear_layer(data):
 
 @needs_onednn
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2"])
-def test_a_model_samples_scores_and_learns_the_same_with_either_product(family, small_blocks):
+@pytest.mark.parametrize("rows", [4, 64])  # sampling has twelve rows: in blocks, and by packed weights
+def test_a_model_samples_scores_and_learns_the_same_with_either_product(family, rows, small_blocks, monkeypatch):
+    monkeypatch.setattr(models_module, "ROWS", rows)
     plain = build_model(family, attention_dropout=0.0)
+    for name, p in plain.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(p)
     fast = copy.deepcopy(plain)
     assert use_fastest_product(fast) and any(isinstance(module, OneDNNLinear) for module in fast.modules())
     samples = sample_with(plain)
@@ -91,9 +99,10 @@ def test_a_model_samples_scores_and_learns_the_same_with_either_product(family, 
 
 @needs_onednn
 def test_packed_weights_multiply_the_same_and_are_gone_afterwards(small_blocks):
-    model = build_model("llama")
+    model = build_model("qwen2")
     use_fastest_product(model)
-    layer = next(module for module in model.modules() if isinstance(module, OneDNNLinear))
+    layer = next(module for module in model.modules() if isinstance(module, OneDNNLinear) and module.bias is not None)
+    torch.nn.init.normal_(layer.bias)
     x = torch.randn(3, 1, layer.in_features)
     with torch.no_grad():
         plain = layer(x)
@@ -106,12 +115,13 @@ def test_packed_weights_multiply_the_same_and_are_gone_afterwards(small_blocks):
     with torch.no_grad():
         layer.weight.mul_(2)
         with packed_weights(model, rows=3):
-            close(layer(x), plain * 2 - (layer.bias if layer.bias is not None else 0))
+            close(layer(x), plain * 2 - layer.bias)
 
 
 @needs_onednn
-def test_sampling_after_an_update_samples_from_the_updated_weights(small_blocks):
+def test_sampling_after_an_update_samples_from_the_updated_weights(small_blocks, monkeypatch):
     model = build_model("llama")
+    monkeypatch.setattr(models_module, "ROWS", 64)  # more than the rows of the batch, which are then multiplied by packed weights
     use_fastest_product(model)
     before = sample_with(model)
     with torch.no_grad():

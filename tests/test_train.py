@@ -306,3 +306,14 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights(tmp_path, monkey
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, limit: torch.tensor(float("nan")))
     with pytest.raises(UserError, match="gradient is nan"):
         run(tmp_path / "run", "--steps", "1")
+
+
+def test_compiled_decoding_samples_from_the_weights_just_trained(tmp_path, monkeypatch):
+    compile = torch.compile
+    torch.compiler.reset()
+    monkeypatch.setattr(torch, "compile", lambda step, mode, **options: compile(step, backend="eager", **options))
+    flags = ["--learning-rate", "1e-3", "--steps", "3"]
+    plain, compiled = run(tmp_path / "plain", *flags), run(tmp_path / "compiled", "--compile", *flags)
+    assert [row["completions/mean_length"] for row in compiled] == [row["completions/mean_length"] for row in plain]
+    assert all(row["sampling_logp_difference"] < 1e-3 for row in compiled)  # a copy of older weights would be far off
+    assert max(row["max_ratio_deviation"] for row in compiled) > 1e-2
