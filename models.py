@@ -82,19 +82,22 @@ class OneDNNLinear(torch.nn.Linear):
         return super().forward(x) if self.packed is None else onednn(x, self.packed, self.bias)
 
 
+def least_seconds(call, laps=7):
+    """The least time that a call takes, after one more to warm up: noise only ever adds."""
+    seconds = []
+    for _ in range(laps + 1):
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds[1:])
+
+
 def onednn_is_faster():
     """Measures one product both ways: clearly faster is a quarter less time, so that a busy moment does not decide."""
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False
-    a, seconds = torch.randn(512, 512), {}
-    for product in (onednn, torch.nn.functional.linear):
-        laps = []
-        for _ in range(8):  # the first compiles; the least counts, since noise only adds
-            start = time.perf_counter()
-            product(a, a)
-            laps.append(time.perf_counter() - start)
-        seconds[product] = min(laps[1:])
-    return seconds[onednn] < 0.75 * seconds[torch.nn.functional.linear]
+    a = torch.randn(512, 512)
+    return least_seconds(lambda: onednn(a, a)) < 0.75 * least_seconds(lambda: torch.nn.functional.linear(a, a))
 
 
 def use_fastest_product(model):

@@ -114,15 +114,12 @@ def ours(args, folder):
 
     models.load_model, rollout.sample = watched_load, watched_sample
     rows = train.train(train.parse_args(argv))[1:]
-    per_step = len(laps) // (args.steps + 1)
-    steps = [laps[i : i + per_step] for i in range(per_step, len(laps), per_step)]
-    merged = [{key: sum((lap[key] for lap in step), type(step[0][key])()) for key in step[0]} for step in steps]
+    del laps[0]  # the warm-up; a rollout is one call of sample
     return {
-        "before": before[0], "after": rows[-1]["peak_memory_gb"], "tokens": [sum(step["lengths"]) for step in merged],
-        "lengths": [step["lengths"] for step in merged], "prompts": [step["prompts"] for step in merged],
+        "before": before[0], "after": rows[-1]["peak_memory_gb"], "tokens": [sum(lap["lengths"]) for lap in laps],
         "seconds": [sum(row[f"seconds/{phase}"] for phase in ("sample", "score", "update")) for row in rows],
-        "prefill": [step["prefill"] for step in merged], "decode": [step["decode"] for step in merged],
         "score": [row["seconds/score"] for row in rows], "update": [row["seconds/update"] for row in rows],
+        **{key: [lap[key] for lap in laps] for key in laps[0]},
     }  # fmt: skip
 
 
@@ -137,8 +134,8 @@ def trl(args, folder):
     from trl import GRPOConfig, GRPOTrainer
 
     import data
-    from reward import is_right
     from models import load_tokenizer
+    from reward import is_right
 
     work = WORK[args.shape]
     torch.set_num_threads(args.threads)
@@ -202,19 +199,12 @@ def machine(args):
     n, dtype = (8192, torch.bfloat16) if args.device == "cuda" else (2048, torch.float32)
     a, block = torch.randn(n, n, dtype=dtype, device=args.device), torch.zeros(2**26, device=args.device)
 
-    def least(call):
-        laps = []
-        for _ in range(6):
-            start = time.perf_counter()
-            call()
-            if args.device == "cuda":
-                torch.cuda.synchronize()
-            laps.append(time.perf_counter() - start)
-        return min(laps)
+    def seconds(call):
+        return models.least_seconds(lambda: (call(), args.device == "cuda" and torch.cuda.synchronize()))
 
     products = [lambda: a @ a] + [lambda: models.onednn(a, a)] * (args.device == "cpu" and torch.backends.mkldnn.is_available())
     target = torch.empty_like(block)
-    return 2 * n**3 / min(map(least, products)), 2 * block.numel() * 4 / least(lambda: target.copy_(block))
+    return 2 * n**3 / min(map(seconds, products)), 2 * block.numel() * 4 / seconds(lambda: target.copy_(block))
 
 
 def limit(args, flops, bandwidth, lengths, prompts):

@@ -22,14 +22,13 @@ sys.path.insert(0, str(ROOT))
 def build(**changes):
     """The 20m shape, or with changes to its config."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    from experiments.shapes import SHAPES
+    from experiments.shapes import build_config
     from models import use_fastest_product
 
-    shape = {**SHAPES["20m"], **changes}
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(shape.pop("family"), bos_token_id=None, eos_token_id=0, pad_token_id=0, **shape))
+    model = AutoModelForCausalLM.from_config(build_config("20m", **changes))
     use_fastest_product(model)
     return model
 
@@ -69,15 +68,15 @@ def timed(call):
 
 def fit(x, y):
     """Least squares y = a + b x, and the share of y's variance that it explains."""
-    mean_x, mean_y = statistics.mean(x), statistics.mean(y)
-    b = sum((u - mean_x) * (v - mean_y) for u, v in zip(x, y)) / sum((u - mean_x) ** 2 for u in x)
-    a = mean_y - b * mean_x
-    return a, b, 1 - sum((v - a - b * u) ** 2 for u, v in zip(x, y)) / sum((v - mean_y) ** 2 for v in y)
+    b, a = statistics.linear_regression(x, y)
+    return a, b, statistics.correlation(x, y) ** 2
 
 
 def child(vocabulary):
     """Prints the MB that scoring 480 and then 3,840 tokens, with gradients, takes above the model (Linux)."""
     import torch
+
+    from experiments.bench import resident_gb
 
     torch.set_num_threads(os.cpu_count())
     model = build(vocab_size=vocabulary, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1)
@@ -85,14 +84,10 @@ def child(vocabulary):
     peaks = []
     for count in (1, 8):
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-        before = resident("VmRSS")
+        before = resident_gb()[0]
         learn(model, samples[:count], max_tokens=8192)
-        peaks.append((resident("VmHWM") - before) / 1e3)
+        peaks.append(1000 * (resident_gb()[1] - before))
     print(json.dumps(peaks))
-
-
-def resident(key):
-    return int(Path("/proc/self/status").read_text().split(f"{key}:")[1].split()[0])
 
 
 def main():

@@ -25,11 +25,11 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_config(shape):
-    """The transformers config of a shape."""
+def build_config(shape, **changes):
+    """The transformers config of a shape, or with changes to it."""
     from transformers import AutoConfig
 
-    options = dict(SHAPES[shape])
+    options = {**SHAPES[shape], **changes}
     return AutoConfig.for_model(options.pop("family"), bos_token_id=None, eos_token_id=0, pad_token_id=0, **options)
 
 
