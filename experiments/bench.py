@@ -11,10 +11,12 @@ ones. The two engines draw different lengths, so seconds are also given for a th
 Memory is the peak while training above what the process held when the model was loaded (so it has the gradients and AdamW's
 moments). The limit is what the step cannot avoid over what this machine was just measured to do: FLOPs (2 a weight and token
 forward, 4 backward, attention left out) over the rate of a large matrix product, the fastest that torch has; for a decode
-step bytes (every weight, and the keys and values of its rows) over the rate of a large copy, where that is longer.
+step bytes (every weight, and the keys and values of its rows) over the rate of a large copy, where that is longer. A product
+of a few rows is slower than a large one: the products of the decoding alone, row for row, are timed as well.
 """
 
 import argparse
+import functools
 import json
 import os
 import random
@@ -68,13 +70,19 @@ def resident_gb():
     if torch.cuda.is_initialized():
         return [torch.cuda.memory_allocated() / 1e9, torch.cuda.max_memory_allocated() / 1e9]
     status = Path("/proc/self/status").read_text()
-    return [int(status.split(f"{key}:")[1].split()[0]) / 1e6 for key in ("VmRSS", "VmHWM")]
+    return [int(status.split(f"{key}:")[1].split()[0]) * 1024 / 1e9 for key in ("VmRSS", "VmHWM")]
+
+
+def finish(device):
+    """Waits for what a GPU still has to do; a CPU is done when a call returns."""
+    import torch
+
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
 
 
 def ours(args, folder):
     """`train.train`, as a user runs it; rollout.sample is watched from outside for the time of its first forward pass, the prefill."""
-    import torch
-
     import models
     import rollout
     import train
@@ -90,8 +98,7 @@ def ours(args, folder):
     load_model, sample, before, laps = models.load_model, rollout.sample, [], []
 
     def now():
-        if args.device == "cuda":
-            torch.cuda.synchronize()
+        finish(args.device)
         return time.perf_counter()
 
     def watched_load(*arguments, **options):
@@ -195,31 +202,24 @@ def machine(args):
 
     import models
 
-    torch.set_num_threads(args.threads)
     n, dtype = (8192, torch.bfloat16) if args.device == "cuda" else (2048, torch.float32)
     a, block = torch.randn(n, n, dtype=dtype, device=args.device), torch.zeros(2**26, device=args.device)
 
     def seconds(call):
-        return models.least_seconds(lambda: (call(), args.device == "cuda" and torch.cuda.synchronize()))
+        return models.least_seconds(lambda: (call(), finish(args.device)))
 
     products = [lambda: a @ a] + [lambda: models.onednn(a, a)] * (args.device == "cpu" and torch.backends.mkldnn.is_available())
     target = torch.empty_like(block)
     return 2 * n**3 / min(map(seconds, products)), 2 * block.numel() * 4 / seconds(lambda: target.copy_(block))
 
 
-def limit(args, flops, bandwidth, lengths, prompts):
+def limit(args, model, flops, bandwidth, lengths, prompts):
     """Seconds that each phase of a step must take. lengths: of all completions; prompts: of each group's prompt; in tokens."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
     import models
-    from experiments.shapes import build_config
 
-    config = build_config(args.shape)
-    with torch.device("meta"):
-        total = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
-    head, size = config.vocab_size * config.hidden_size, 2 if args.device == "cuda" else 4
-    body = total - head * (1 if config.tie_word_embeddings else 2)
+    config, size = model.config, 2 if args.device == "cuda" else 4
+    head = config.vocab_size * config.hidden_size
+    body = sum(p.numel() for p in model.parameters()) - head * (1 if config.tie_word_embeddings else 2)
     cache = 2 * config.num_hidden_layers * config.num_key_value_heads * models.head_dim(config) * size  # bytes of a token
     decode = 0.0
     for t in range(1, max(lengths)):  # the first token comes out of the prefill
@@ -228,6 +228,25 @@ def limit(args, flops, bandwidth, lengths, prompts):
         decode += max(2 * (body + head) * rows / flops, moved / bandwidth)
     forward = (2 * body * (sum(lengths) + 8 * sum(prompts)) + 2 * head * sum(lengths)) / flops
     return {"prefill": 2 * (body * sum(prompts) + head * len(prompts)) / flops, "decode": decode, "score": forward, "update": 3 * forward}
+
+
+def bare_products(model, lengths):
+    """Seconds of decoding's matrix products alone: the model's linear layers in a bare loop, at the rows of every decode step."""
+    import torch
+
+    import models
+    from rollout import batch_size
+
+    layers = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+
+    @functools.cache
+    @torch.no_grad()
+    def one_step(rows):
+        inputs = [torch.randn(rows, layer.in_features, dtype=layer.weight.dtype, device=model.device) for layer in layers]
+        with models.packed_weights(model, rows):
+            return models.least_seconds(lambda: ([layer(x) for layer, x in zip(layers, inputs)], finish(model.device)))
+
+    return sum(one_step(batch_size(sum(n > t for n in lengths))) for t in range(1, max(lengths)))
 
 
 def main():
@@ -245,6 +264,11 @@ def main():
     args = parser.parse_args()
     if args.child:
         return child(args)
+    import torch
+
+    import models
+
+    torch.set_num_threads(args.threads)
     engines = ["ours", "trl"] if args.engine == "both" else [args.engine]
     results = {engine: [] for engine in engines}
     with tempfile.TemporaryDirectory() as folder:
@@ -260,6 +284,7 @@ def main():
                     sys.exit(f"{engine} failed:\n{done.stderr.strip()[-800:]}\n(trl is an extra: pip install trl==1.16.0)")
                 results[engine].append(json.loads(line[7:]))
                 print(f"repeat {repeat + 1} {engine}: {statistics.median(results[engine][-1]['seconds']):.2f} s a step", flush=True)
+        model = models.load_model(args.model, args.device, torch.bfloat16 if args.device == "cuda" else torch.float32)
 
     phases = ("prefill", "decode", "score", "update")
     print(f"\n{'engine':<8}{'s a step':>10}{'min-max':>14}{'s/1k tokens':>13}" + "".join(f"{phase:>9}" for phase in phases) + f"{'tokens':>8}{'memory GB':>11}")
@@ -277,13 +302,16 @@ def main():
         print("ours / trl: " + ", ".join(f"{name} {ours / other:.2f}" for name, ours, other in zip(names, medians["ours"], medians["trl"])))
     if "ours" in results:
         flops, bandwidth = machine(args)
-        reached = {phase: [] for phase in phases}
+        reached, bare = {phase: [] for phase in phases}, []
         for run in results["ours"]:
             for index, (lengths, prompts) in enumerate(zip(run["lengths"], run["prompts"])):
-                for phase, seconds in limit(args, flops, bandwidth, lengths, prompts).items():
+                least = limit(args, model, flops, bandwidth, lengths, prompts)
+                for phase, seconds in least.items():
                     reached[phase].append(seconds / run[phase][index])
+                bare.append(least["decode"] / bare_products(model, lengths))
         print(f"the limit, at {flops / 1e9:,.0f} GFLOP/s and {bandwidth / 1e9:,.0f} GB/s; of it reached: "
-              + ", ".join(f"{phase} {statistics.median(shares):.0%}" for phase, shares in reached.items()))  # fmt: skip
+              + ", ".join(f"{phase} {statistics.median(shares):.0%}" for phase, shares in reached.items())
+              + f"; by a decoder that did nothing but these products, row for row: {statistics.median(bare):.0%}")  # fmt: skip
 
 
 if __name__ == "__main__":
