@@ -55,7 +55,7 @@ def log_ratio(logp, other_logp, mask):
 
 
 def clipped_objective(ratio, advantages, epsilon_low, epsilon_high):
-    """PPO's pessimistic bound min(w A, clip(w, 1 - eps_low, 1 + eps_high) A).
+    """PPO's pessimistic bound min(w A, clip(w, 1 - eps_low, 1 + eps_high) A) (arXiv 1707.06347).
 
     ratio: [B, T] (or [B, 1] for one ratio a sequence); advantages: [B]. Returns the bound and two bool tensors of the
     same shape: where the lower and where the upper clip binds, that is where the gradient is exactly zero.
@@ -86,8 +86,11 @@ def grpo_loss(logp, old_logp, advantages, mask, *, num_sequences, epsilon_low=0.
     WHOLE batch; beta, ref_logp: weight and [B, T] log-probs of the frozen reference (needed only when beta > 0).
 
     Returns the scalar loss and a dict of detached [B, T] tensors for the log: ratio, clip_low, clip_high, kl (the k3
-    to the reference; to the old policy when beta is 0), kl_mask (where a KL term has weight).
+    to the reference; to the old policy when beta is 0), kl_mask (where a KL term has weight). Raises ValueError when
+    beta has no ref_logp to pull to.
     """
+    if beta and ref_logp is None:
+        raise ValueError("grpo_loss: beta > 0 needs ref_logp, the log-probs under the frozen reference")
     ratio = log_ratio(logp, old_logp, mask).exp()  # [B, T]
     objective, clip_low, clip_high = clipped_objective(ratio, advantages, epsilon_low, epsilon_high)
     kl = k3(logp, ref_logp if beta else old_logp, mask)

@@ -207,6 +207,8 @@ def settle(answer, gold):
     if answer_unit and gold_unit and answer_unit != gold_unit:
         return False
     a, g = normalise(answer), normalise(gold)
+    if not a or not g:  # nothing but spacing, dollar signs or a full stop
+        return False
     if a == g:
         return True
     numbers = number(answer), number(gold)

@@ -49,28 +49,49 @@ def draw(logits, uniform, temperature):
 def batch_size(going):
     """How many rows to keep for `going` unfinished ones: a few more, so that not every step has another shape.
 
-    The cache is copied less often, and kernels compiled for a shape (oneDNN's, CUDA graphs) are few.
+    The cache is copied less often, and the kernels that oneDNN compiles for a shape are few.
     """
     step = max(8, 2 ** (going.bit_length() - 3))  # an eighth to a quarter
     return -(-going // step) * step
 
 
-def static_decoding(model, length):
+def growing_cache(model):
+    """Decoding over a cache that grows by a token a step, as transformers does it. Returns the dict that `sample` asks for:
+
+    move(cache, rows) gives a cache of those rows; step(token, mask, position, cache) the logits after one more token;
+    size(going, rows) how many rows to keep for `going` unfinished ones of `rows`; during(rows) holds while decoding;
+    length is that of the attention mask, or None when it may be as long as it has to.
+    """
+
+    def move(cache, rows):
+        cache.batch_select_indices(rows)
+        return cache
+
+    def step(token, mask, position, cache):
+        mask = mask[:, : cache.get_seq_length() + 1]
+        return model(input_ids=token, attention_mask=mask, position_ids=position, past_key_values=cache).logits
+
+    size, during = lambda going, rows: batch_size(going), lambda rows: packed_weights(model, rows)  # noqa: E731
+    return {"move": move, "step": step, "size": size, "during": during, "length": None}
+
+
+def static_cache(model, length):
     """Decoding compiled over caches of a fixed size: on a GPU one CUDA graph a token in place of some thousand kernel launches.
 
-    length: tokens of prompt and completion together, at most. Returns a dict for `sample`: move(cache, rows) copies those rows
-    of a cache into the one kept for as many rows (a graph finds its tensors at the same addresses every time), step(...) is one
-    forward pass. Each number of rows is compiled once, for a minute or so. Not measured on a GPU; a CPU only loses by it.
+    length: tokens of prompt and completion together, at most. Returns a dict like `growing_cache`; its `move` copies the rows into
+    the one cache that is kept for as many rows (a graph finds its tensors at the same addresses every time). Each number of rows
+    is compiled once, for a minute or so, so there are four. Not measured on a GPU; a CPU only loses by it. Raises UserError
+    for a model with a sliding window.
     """
     from transformers import StaticCache
 
     caches = {}
+    if any(layer.is_sliding for layer in StaticCache(config=model.config, max_cache_len=length).layers):
+        raise UserError(f"--compile: {model.config.model_type} attends to a sliding window, which this does not know; leave it out")
 
     def move(cache, rows):
         fixed = caches.setdefault(len(rows), StaticCache(config=model.config, max_cache_len=length))
         for new, old in zip(fixed.layers, cache.layers):
-            if new.is_sliding:
-                raise UserError(f"--compile: {model.config.model_type} attends to a sliding window, which this does not know; leave it out")
             if not new.is_initialized:
                 new.lazy_initialization(old.keys[rows], old.values[rows])
             filled = old.keys.shape[2]
@@ -81,18 +102,23 @@ def static_decoding(model, length):
     def step(token, mask, position, cache):
         return model(input_ids=token, attention_mask=mask, position_ids=position, past_key_values=cache).logits
 
-    return {"length": length, "move": move, "step": torch.compile(step, mode="reduce-overhead", fullgraph=True, dynamic=False)}
+    def size(going, rows):
+        return next(size for size in (rows // 8, rows // 4, rows // 2, rows) if size >= going)
+
+    step = torch.compile(step, mode="reduce-overhead", fullgraph=True, dynamic=False)
+    return {"move": move, "step": step, "size": size, "during": nullcontext, "length": length}
 
 
 @torch.no_grad()
-def sample(model, prompts, num_generations, *, max_completion_length, temperature, stop_ids, generator, static=None):
+def sample(model, prompts, num_generations, *, max_completion_length, temperature, stop_ids, generator, decoding=None):
     """Samples `num_generations` completions for each prompt, all at once: the caller bounds the number of rows.
 
     prompts: list of lists of token ids; max_completion_length in tokens, the stop token included; stop_ids: the tokens
     that end a completion; generator: a CPU torch.Generator, the only source of randomness (the same on every device);
-    static: from `static_decoding`, of the same model.
+    decoding: `growing_cache` (the default) or `static_cache` of the same model.
     Returns a list of samples (see above), those of one prompt next to each other.
     """
+    decoding = decoding or growing_cache(model)
     model.eval()  # in train mode gradient checkpointing turns the cache off, and decoding becomes quadratic
     device, G, T = model.device, num_generations, max_completion_length
     B, L = len(prompts) * G, max(map(len, prompts))
@@ -104,12 +130,9 @@ def sample(model, prompts, num_generations, *, max_completion_length, temperatur
     mask = torch.tensor([[0] * (L - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
     out = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
-    cache = out.past_key_values
-    if static:
-        cache = static["move"](cache, torch.arange(B, device=device) // G)
-    else:
-        cache.batch_repeat_interleave(G)
+    cache = decoding["move"](out.past_key_values, torch.arange(B, device=device) // G)
     logits, mask = out.logits[:, -1].repeat_interleave(G, dim=0), mask.repeat_interleave(G, dim=0)
+    mask = F.pad(mask, (0, (decoding["length"] or L + T) - L), value=1)  # of tokens to come: causal attention does not see them yet
     position = positions[:, -1:].repeat_interleave(G, dim=0)  # [B, 1]
 
     tokens = torch.zeros(B, T, dtype=torch.long, device=device)
@@ -117,10 +140,7 @@ def sample(model, prompts, num_generations, *, max_completion_length, temperatur
     lengths = torch.full((B,), T, device=device)
     truncated = torch.ones(B, dtype=torch.bool, device=device)  # until the row ends by a stop token
     rows = torch.arange(B, device=device)  # those in the batch
-    sizes = [B // 8, B // 4, B // 2, B] if static else [batch_size(n) for n in range(1, B + 1)]
-    if static:
-        mask = F.pad(mask, (0, static["length"] - L), value=1)  # the rest of the cache: causal attention does not see it yet
-    with nullcontext() if static else packed_weights(model, B):
+    with decoding["during"](B):
         for t in range(T):
             token, logp = draw(logits, uniforms[t, rows], temperature)
             tokens[rows, t], logps[rows, t] = token, logp  # of a row that has ended, beyond its length: never looked at
@@ -129,21 +149,13 @@ def sample(model, prompts, num_generations, *, max_completion_length, temperatur
             going = truncated[rows].sum().item()
             if going == 0 or t == T - 1:
                 break
-            size = next(size for size in sizes if size >= going)
+            size = decoding["size"](going, B)
             if size < len(rows):
                 kept = truncated[rows].argsort(descending=True, stable=True)[:size]  # the unfinished, and some more to fill up
-                if static:
-                    cache = static["move"](cache, kept)
-                else:
-                    cache.batch_select_indices(kept)
+                cache = decoding["move"](cache, kept)
                 rows, token, mask, position = rows[kept], token[kept], mask[kept], position[kept]
             position = position + 1
-            if static:
-                logits = static["step"](token.unsqueeze(1), mask, position, cache)[:, -1]
-            else:
-                mask = F.pad(mask, (0, 1), value=1)
-                out = model(input_ids=token.unsqueeze(1), attention_mask=mask, position_ids=position, past_key_values=cache)
-                logits = out.logits[:, -1]
+            logits = decoding["step"](token.unsqueeze(1), mask, position, cache)[:, -1]
 
     return [
         {"prompt_ids": prompts[row // G], "completion_ids": row_tokens[:n], "logp": row_logps[:n], "truncated": cut}

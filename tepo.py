@@ -13,7 +13,7 @@ At pi = pi_old: w = 1, dH = 0, M = 0, KL = 0, and the gradient is that of dapo.p
 second update of a rollout. There a completion whose w_i is clipped gets no policy gradient at all, where GRPO and DAPO
 clip token by token.
 
-Readings where the paper is silent (each is an argument here and a flag of train.py):
+Readings where the paper is silent (dH, beta, M and eps are arguments here and flags of train.py):
 - dH_it = H(pi(.|s_t)) - H(pi_old(.|s_t)) over the full softmax (Appendix C.2). `covariance_entropy_change` is the second
   choice (Appendix C.5), for engines that do not hand entropies to the loss.
 - KL is k3 on the sampled token (grpo.k3), anchored at the OLD policy as Eq. 4 says, and divided by all valid tokens,

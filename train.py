@@ -15,7 +15,6 @@ by 1/|y_i|). They part at the later ones: a setting with one update per rollout 
 """
 
 import argparse
-import copy
 import math
 import time
 from contextlib import nullcontext
@@ -179,9 +178,10 @@ def train(args):
     from dapo import dynamic_sampling, mixed_groups, overlong_filter, soft_overlong_punishment
     from grpo import group_advantages
     from models import (
-        check_positions, fastest_thread_count, load_model, load_tokenizer, memory_estimate, pick_device, resolve_model, stop_token_ids,
+        check_positions, fastest_thread_count, has_adapters, load_model, load_tokenizer, memory_estimate, pick_device, resolve_model,
+        sampling_copy, stop_token_ids,
     )  # fmt: skip
-    from rollout import collate, micro_batches, sample, score, static_decoding
+    from rollout import collate, micro_batches, sample, score, static_cache
 
     check_output_dir(args)
     device, name = pick_device(args.device), resolve_model(args.model)
@@ -192,21 +192,23 @@ def train(args):
     base_dtype = torch.bfloat16 if args.lora_rank and device.type == "cuda" else torch.float32
     model = load_model(name if args.lora_rank or not resumed else str(resumed), device, base_dtype)
     if args.lora_rank:
+        if has_adapters(name):
+            raise UserError(f"--lora-rank: {name} holds adapters itself; --resume goes on with them, without --lora-rank all weights are trained")
         torch.manual_seed(args.seed)
         model = with_adapters(model, args.lora_rank, resumed)
     reference = load_model(name, device, base_dtype).requires_grad_(False) if args.algo == "grpo" and args.beta else None
     longest = max(len(problem["prompt_ids"]) for problem in problems)
     check_positions(model, longest + args.max_completion_length)
+    decoding, sampler = None, model
+    if args.compile:
+        sampler = sampling_copy(model, torch.bfloat16 if device.type == "cuda" else base_dtype)
+        decoding = static_cache(sampler, longest + args.max_completion_length)
     directory = open_output_dir(args, f"{args.algo}-{Path(args.model).name}")
     if device.type == "cpu":
         args.threads = args.threads or fastest_thread_count(model)
         torch.set_num_threads(args.threads)
     write_json(directory / "args.json", vars(args))
 
-    static, sampler = None, model
-    if args.compile:
-        sampler = copy.deepcopy(model).requires_grad_(False).to(torch.bfloat16 if device.type == "cuda" else torch.float32)
-        static = static_decoding(sampler, longest + args.max_completion_length)
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable()
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -233,16 +235,16 @@ def train(args):
         chosen = data.take(problems, cursor, count, args.seed)
         cursor += count
         samples, at_once = [], max(1, args.rollout_batch_size // args.num_generations)
-        if static:
+        if decoding:
             with torch.no_grad():
                 for own, trained in zip(sampler.parameters(), model.parameters()):
                     own.copy_(trained)
         for start in range(0, count, at_once):
-            with nullcontext() if static else autocast:
+            with nullcontext() if decoding else autocast:
                 samples += sample(
                     sampler, [problem["prompt_ids"] for problem in chosen[start : start + at_once]], args.num_generations,
                     max_completion_length=args.max_completion_length, temperature=args.temperature, stop_ids=stop_ids,
-                    generator=generator, static=static,
+                    generator=generator, decoding=decoding,
                 )  # fmt: skip
         for i, s in enumerate(samples):
             s["problem"] = chosen[i // args.num_generations]
@@ -269,7 +271,7 @@ def train(args):
                 if reference is not None:
                     batch["ref_logp"], _ = score(reference, batch, args.temperature)
             sampled = batch["old_logp"].masked_scatter(batch["mask"], torch.tensor([x for s in packed for x in s["logp"]], device=device))
-            batch["sampling_gap"] = (sampled - batch["old_logp"]).abs().max().item()
+            batch["sampling_gap"] = (sampled - batch["old_logp"])[batch["mask"]].abs()
             truncated = torch.tensor([s["truncated"] for s in packed], device=device)
             batch["loss_mask"] = overlong_filter(batch["mask"], truncated) if args.overlong == "filter" else batch["mask"]
             batches.append(batch)
@@ -306,9 +308,11 @@ def train(args):
         count = -(-len(groups) * args.steps_per_generation // args.num_prompts)
         cuts = [i * len(groups) // count for i in range(count + 1)] if count else []
         minis = [prepare([s for group in groups[a:b] for s in group]) for a, b in zip(cuts, cuts[1:])]
-        gap = max((batch["sampling_gap"] for batches, _ in minis for batch in batches), default=0.0)
-        if gap > 0.05 and device.type == "cpu":  # fp32: rounding is a thousand times smaller
-            raise UserError(f"step {step}: the log-probs of sampler and scorer differ by {gap:.2f}: rollout.score does not compute the logits "
+        gaps = torch.cat([batch["sampling_gap"] for batches, _ in minis for batch in batches]) if minis else torch.zeros(1)
+        gap = gaps.max().item()
+        # In fp32 rounding is a thousand times smaller. In bf16 a rare token can be far off, but not the mean.
+        if (gaps.mean().item() > 0.2) if device.type == "cuda" else gap > 0.05:
+            raise UserError(f"step {step}: the log-probs of sampler and scorer differ by up to {gap:.2f}: rollout.score does not compute the logits "
                             f"of {model.config.model_type} (is there a scaling behind its LM head?), so training would be wrong")  # fmt: skip
         clock.append(time.perf_counter())
 

@@ -36,6 +36,7 @@ def build_model(family, **changes):
         "gpt_neox": dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.3, max_position_embeddings=128),
         "gemma2": {**modern, "head_dim": 12, "final_logit_softcapping": 5.0, "query_pre_attn_scalar": 12, "sliding_window": 6},
         "phi3": {**modern},
+        "granite": {**modern, "logits_scaling": 4.0},  # a scaling behind the LM head, of which rollout.score knows nothing
         "opt": dict(hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=128, word_embed_proj_dim=32,
                     init_std=0.3, dropout=0.3, attention_dropout=0.3),  # F.dropout with a rate of the module's own
     }  # fmt: skip

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import models as models_module
-from models import OneDNNLinear, load_model, multiply, packed_weights, stop_token_ids, use_fastest_product
+from models import OneDNNLinear, load_model, multiply, packed_weights, sampling_copy, stop_token_ids, use_fastest_product
 from rollout import collate, score
 from tests.conftest import build_model
 from tests.test_rollout import gradients, sample_with
@@ -162,6 +162,17 @@ def test_loaded_models_have_no_dropout_in_train_mode_and_checkpointing_changes_n
     assert [s["completion_ids"] for s in samples] == [s["completion_ids"] for s in sample_with(saved)]
 
 
+def test_a_copy_to_sample_from_rounds_weights_and_no_rotary_frequency():
+    model = build_model("llama")
+    twin = sampling_copy(model, torch.bfloat16)
+    for own, copied in zip(model.parameters(), twin.parameters()):
+        assert copied.dtype == torch.bfloat16 and not copied.requires_grad and own.requires_grad
+        assert torch.equal(own.to(torch.bfloat16), copied)
+    frequencies = dict(twin.named_buffers())["model.rotary_emb.inv_freq"]
+    assert frequencies.dtype == torch.float32 and torch.equal(frequencies, dict(model.named_buffers())["model.rotary_emb.inv_freq"])
+    assert model.dtype == torch.float32
+
+
 def test_stop_tokens_come_from_the_tokenizer_and_the_generation_config():
     import tiny
 
@@ -175,3 +186,5 @@ def test_stop_tokens_come_from_the_tokenizer_and_the_generation_config():
     chat, plain = build_tokenizer(), build_tokenizer(chat_template=None)  # a base model whose eos does not end a chat turn
     end = chat.convert_tokens_to_ids("<|im_end|>")
     assert stop_token_ids(model, chat) == sorted({chat.eos_token_id, end}) and stop_token_ids(model, plain) == [plain.eos_token_id]
+    model.generation_config.eos_token_id = [7]
+    assert stop_token_ids(model, chat) == sorted({7, chat.eos_token_id, end}) and model.generation_config.eos_token_id == [7]  # saved with the model

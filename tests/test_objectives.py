@@ -360,3 +360,9 @@ def test_clipped_objective_is_pessimistic():
 def test_entropy_changes_are_constants(batch):
     entropy = batch["entropy"].clone().requires_grad_()
     assert not exact_entropy_change(entropy, batch["old_entropy"]).requires_grad
+
+
+def test_a_pull_without_a_reference_to_pull_to_is_an_error():
+    logp = torch.zeros(2, 3)
+    with pytest.raises(ValueError, match="needs ref_logp"):
+        grpo_loss(logp, logp, torch.ones(2), logp == 0, num_sequences=2, beta=0.1)

@@ -7,7 +7,7 @@ import threading
 import time
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import reward
@@ -426,10 +426,13 @@ JUNK = st.one_of(st.text(max_size=200), st.binary(max_size=200).map(lambda raw: 
 
 
 @settings(max_examples=600)
+@example(".", ("boxed",), True)  # an answer of which nothing is left
+@example("$", ("boxed",), True)
+@example(r"\text{ }", ("boxed",), True)
 @given(JUNK, st.sampled_from([("boxed",), ("boxed", "####"), ("boxed", "Answer:"), ("#",)]), st.booleans())
 def test_random_output_neither_raises_nor_earns(text, styles, in_a_box):
     text = f"\\boxed{{{text}}}" if in_a_box else text
-    for gold in ("8675309", r"\frac{\sqrt{8675309}}{31337}"):
+    for gold in ("8675309", r"\frac{\sqrt{8675309}}{31337}", r"\{8675309, 31337\}", r"(8675309, \infty)"):
         assert seconds(lambda: is_right(text, gold, styles)) < reward.TIME_LIMIT + SLACK  # noqa: B023
         assert is_right(text, gold, styles) is False
 

@@ -242,11 +242,11 @@ def test_decoding_over_a_cache_of_fixed_size_draws_the_same_completions(family, 
     compile, model = torch.compile, build_model(family)
     torch.compiler.reset()
     monkeypatch.setattr(torch, "compile", lambda step, mode, **options: compile(step, backend="eager", **options))
-    static = rollout.static_decoding(model, length=max(map(len, PROMPTS)) + 10)
+    static = rollout.static_cache(model, length=max(map(len, PROMPTS)) + 10)
     options = dict(max_completion_length=10, temperature=1.0, stop_ids=list(range(8)))
     for seed in (0, 1):
         plain, fixed = (
-            sample(model, PROMPTS, 4, generator=torch.Generator().manual_seed(seed), static=static if compiled else None, **options)
+            sample(model, PROMPTS, 4, generator=torch.Generator().manual_seed(seed), decoding=static if compiled else None, **options)
             for compiled in (False, True)
         )
         assert [s["completion_ids"] for s in fixed] == [s["completion_ids"] for s in plain]
@@ -258,5 +258,4 @@ def test_decoding_over_a_cache_of_fixed_size_draws_the_same_completions(family, 
 def test_a_sliding_window_is_refused_by_the_compiled_path():
     model = build_model("mistral")
     with pytest.raises(UserError, match="sliding window"):
-        sample_static = rollout.static_decoding(model, length=40)
-        sample(model, PROMPTS, 2, max_completion_length=4, temperature=1.0, stop_ids=[0], generator=torch.Generator(), static=sample_static)
+        rollout.static_cache(model, length=40)

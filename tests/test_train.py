@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 import train
 from data import UserError
-from tests.conftest import ROOT
+from tests.conftest import ROOT, build_checkpoint
 
 SMALL = "--num-prompts 6 --num-generations 4 --max-completion-length 24 --threads 1 --device cpu --steps-per-generation 3".split()
 NOISY = ("seconds", "tokens_per_second", "peak_memory_gb")  # what differs between two runs of the same arithmetic
@@ -300,6 +300,11 @@ def test_lora_trains_adapters_only_and_its_checkpoint_loads_and_resumes(tmp_path
     batch = collate([{"prompt_ids": [5, 6], "completion_ids": [7, 8, 9]}], 0, "cpu")
     trained, base = load_model(resolve_model(str(tmp_path / "whole")), "cpu"), load_model("tiny", "cpu")
     assert not torch.allclose(score(trained, batch, 1.0)[0], score(base, batch, 1.0)[0])
+    assert {name for name, p in trained.named_parameters() if p.requires_grad} == {name for name, _ in base.named_parameters()}  # merged
+    whole = run(tmp_path / "on", "--model", str(tmp_path / "whole"), "--steps", "1")
+    assert whole[0]["sampling_logp_difference"] < 1e-3
+    with pytest.raises(UserError, match="holds adapters itself"):
+        run(tmp_path / "more", "--model", str(tmp_path / "whole"), "--lora-rank", "2", "--steps", "1")
 
 
 def test_a_gradient_that_is_not_finite_stops_before_the_weights(tmp_path, monkeypatch):
@@ -317,3 +322,11 @@ def test_compiled_decoding_samples_from_the_weights_just_trained(tmp_path, monke
     assert [row["completions/mean_length"] for row in compiled] == [row["completions/mean_length"] for row in plain]
     assert all(row["sampling_logp_difference"] < 1e-3 for row in compiled)  # a copy of older weights would be far off
     assert max(row["max_ratio_deviation"] for row in compiled) > 1e-2
+
+
+def test_a_model_whose_logits_are_not_those_of_its_head_is_refused_before_an_update(tmp_path):
+    model = build_checkpoint(tmp_path / "model", "granite", chat_template=None)
+    (tmp_path / "data.jsonl").write_text('{"problem": "What is 1 + 1?", "answer": "2"}\n')
+    with pytest.raises(UserError, match="log-probs of sampler and scorer differ"):
+        run(tmp_path / "run", "--model", model, "--data", str(tmp_path / "data.jsonl"), "--steps", "1", "--dynamic-sampling", "off")
+    assert not list((tmp_path / "run").glob("checkpoint*"))
