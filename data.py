@@ -57,6 +57,8 @@ PAIRS = {
 GATED = {"advbench": "jbb", "harmbench": "jbb", "xstest": "xstest", "wildguardmix": "pku-saferlhf"}  # walledai, allenai: the open stand-in
 SAFE_ANSWER = "I'm sorry, but I can't help with that."  # the response where a set has harmful requests and no safe answer
 
+MALFORMED = (AttributeError, IndexError, KeyError, TypeError)  # what reading a row raises whose columns are not of the hub's types
+
 DAPO_WRAPPER = re.compile(
     r"Solve the following math problem step by step\.\s*The last line of your response should be of the form Answer: \$?Answer"
     r".*?where \$?Answer is the answer to the problem\.\s*(.*?)\s*Remember to put your answer on its own line after [\"“]Answer:[\"”]\.?\s*",
@@ -155,15 +157,28 @@ def local_rows(path, split):
         raise UserError(f"{path} cannot be read as a data set: {' '.join(str(error).split())[:200]}") from None
 
 
+def tidied(counts, kept, label):
+    """The counts without the reasons that never came up. Raises UserError when nothing was kept."""
+    counts["kept"] = kept
+    counts = {reason: count for reason, count in counts.items() if count or reason in ("rows", "kept")}
+    if not kept:
+        raise UserError(f"{label}: no usable row ({', '.join(f'{reason}: {count}' for reason, count in counts.items())})")
+    return counts
+
+
 def select(rows, name):
     """Rows as {question: gold}, each question once, and the counts of `load_problems`. Raises UserError if nothing is left."""
-    counts = dict.fromkeys(["rows", "kept", "no question", "no answer", "duplicate prompt", "conflicting answers", "gold can't be parsed"], 0)
+    counts = dict.fromkeys("rows|kept|malformed|no question|no answer|duplicate prompt|conflicting answers|gold can't be parsed".split("|"), 0)
     golds, times, conflicting = {}, {}, set()
     for row in rows:
         if not counts["rows"] and not ({"problem", "question", "prompt"} & set(row) and {"answer", "final_answer", "solution", "reward_model"} & set(row)):
             raise UserError(f"--data {name}: needs a column prompt, problem or question and a column answer; it has {', '.join(row)}")
         counts["rows"] += 1
-        question, gold = question_of(row), gold_of(row)
+        try:
+            question, gold = question_of(row), gold_of(row)
+        except MALFORMED:
+            counts["malformed"] += 1
+            continue
         if not question or not gold:
             counts["no answer" if question else "no question"] += 1
         elif question not in golds:
@@ -181,11 +196,7 @@ def select(rows, name):
         if not parses(golds[question]):
             counts["gold can't be parsed"] += 1
             del golds[question]
-    counts["kept"] = len(golds)
-    counts = {reason: count for reason, count in counts.items() if count or reason in ("rows", "kept")}
-    if not golds:
-        raise UserError(f"--data {name}: no usable problem ({', '.join(f'{reason}: {count}' for reason, count in counts.items())})")
-    return golds, counts
+    return golds, tidied(counts, len(golds), f"--data {name}")
 
 
 def load_problems(name, split="train", root=None):
@@ -308,10 +319,15 @@ def load_pairs(name, kind, split=None, root=None):
         rows = local_rows(name, split or "train")
     else:
         raise UserError(f"{name}: unknown; neither a file or folder nor one of {', '.join(n for n in PAIRS if PAIRS[n][0] == kind)}")
-    pairs, counts = {}, dict.fromkeys(["rows", "kept", "no prompt", "no response", "labelled unsafe", "duplicate prompt"], 0)
+    pairs, counts = {}, dict.fromkeys("rows|kept|malformed|no prompt|no response|labelled unsafe|duplicate prompt".split("|"), 0)
     for row in rows:
         counts["rows"] += 1
-        prompt, response = read_pair(row)
+        try:
+            prompt, response = read_pair(row)
+            prompt, response = (prompt or "").strip(), "" if response is None else str(response)
+        except MALFORMED:
+            counts["malformed"] += 1
+            continue
         if not prompt:
             counts["no prompt"] += 1
         elif kind == "over-refusal" and row.get("label") == "unsafe":  # XSTest's contrasts: refusing those is right
@@ -322,8 +338,5 @@ def load_pairs(name, kind, split=None, root=None):
             counts["duplicate prompt"] += 1
         else:
             pairs[prompt] = "" if kind == "over-refusal" else response
-    counts["kept"] = len(pairs)
-    counts = {reason: count for reason, count in counts.items() if count or reason in ("rows", "kept")}
-    if not pairs:
-        raise UserError(f"{name}: no usable row ({', '.join(f'{reason}: {count}' for reason, count in counts.items())})")
+    counts = tidied(counts, len(pairs), name)
     return [{"prompt": prompt, "response": response} for prompt, response in pairs.items()], counts

@@ -4,12 +4,13 @@ import json
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import data
@@ -198,12 +199,46 @@ def test_every_row_is_kept_or_counted_once_and_no_question_is_asked_twice(pairs)
     try:
         golds, counts = data.select(rows, "x")
     except UserError as error:
-        assert "no usable problem" in str(error)
+        assert "no usable row" in str(error)
         return
     assert sum(counts.values()) == 2 * counts["rows"] == 2 * len(rows) and counts["kept"] == len(golds)
     for question, gold in golds.items():
         answers = {answer for q, answer in pairs if q == question and answer}
         assert question and gold in answers and parses(gold) and answers <= {"1", "1.0"} or len(answers) == 1
+
+
+# ---- rows of any shape
+
+COLUMNS = "prompt problem question answer final_answer solution reward_model response chosen instruction input output choices Goal safer_response_id label".split()
+VALUES = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(-3, 30), st.floats(), st.sampled_from(["", "2", "1+1?", r"\frac{", "#### 3", "user"])),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.sampled_from(["role", "content", "ground_truth"]), inner, max_size=3)),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=400)
+@example([{"prompt": 5, "answer": "5"}], "safety")
+@example([{"prompt": [{"role": "user", "content": [{"type": "text"}]}], "answer": "5"}], "safety")
+@example([{"question": "?", "choices": ["x", "y"], "answer": "B"}], "utility")
+@example([{"instruction": "Say hello."}], "utility")
+@given(st.lists(st.dictionaries(st.sampled_from(COLUMNS), VALUES, max_size=5), min_size=1, max_size=3), st.sampled_from(["safety", "utility", "over-refusal"]))
+def test_rows_of_any_shape_are_kept_as_text_or_counted(rows, kind):
+    for read in (lambda: data.select(rows, "x"), lambda: pairs_of(rows, kind)):
+        try:
+            kept, counts = read()
+        except UserError as error:
+            assert "\n" not in str(error)
+            continue
+        assert sum(counts.values()) == 2 * counts["rows"] == 2 * len(rows) and counts["kept"] == len(kept)
+        for texts in kept.items() if isinstance(kept, dict) else (pair.values() for pair in kept):
+            assert all(isinstance(text, str) for text in texts)
+
+
+def pairs_of(rows, kind):
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "rows.json").write_text(json.dumps(rows))
+        return load_pairs(str(Path(folder) / "rows.json"), kind)
 
 
 # ---- pairs
@@ -231,7 +266,7 @@ def test_pairs_of_the_hub_are_read_from_a_local_copy(tmp_path, name, monkeypatch
     (lambda tmp: load_problems(str(tmp / "a.txt")), ["a.txt", "not a .jsonl"]),
     (lambda tmp: load_problems(str(tmp / "broken.jsonl")), ["broken.jsonl", "cannot be read"]),
     (lambda tmp: load_problems(str(tmp / "columns.jsonl")), ["columns.jsonl", "a column answer", "it has prompt, reply"]),
-    (lambda tmp: load_problems(str(tmp / "useless.jsonl")), ["no usable problem", "no answer: 1"]),
+    (lambda tmp: load_problems(str(tmp / "useless.jsonl")), ["no usable row", "no answer: 1"]),
     (lambda tmp: load_pairs("walledai/AdvBench", "safety"), ["gated", "jbb"]),
     (lambda tmp: load_pairs("harmbench", "safety"), ["gated", "jbb"]),
     (lambda tmp: load_pairs("allenai/wildguardmix", "safety"), ["gated", "pku-saferlhf"]),
