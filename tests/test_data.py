@@ -221,6 +221,7 @@ VALUES = st.recursive(
 @example([{"prompt": 5, "answer": "5"}], "safety")
 @example([{"prompt": [{"role": "user", "content": [{"type": "text"}]}], "answer": "5"}], "safety")
 @example([{"question": "?", "choices": ["x", "y"], "answer": "B"}], "utility")
+@example([{"prompt": "1+1?", "answer": 2}], "utility")
 @example([{"instruction": "Say hello."}], "utility")
 @given(st.lists(st.dictionaries(st.sampled_from(COLUMNS), VALUES, max_size=5), min_size=1, max_size=3), st.sampled_from(["safety", "utility", "over-refusal"]))
 def test_rows_of_any_shape_are_kept_as_text_or_counted(rows, kind):
