@@ -37,120 +37,22 @@ import argparse
 import hashlib
 import json
 import math
-import os
 import random
-import shutil
 import time
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import data
 import tiny
 from data import UserError
 from eval import greedy, is_degenerate, is_refusal
-from runs import is_embedded, run_script, write_json
+from runs import add_flag, add_machine_flags, at_least, check_writable, is_embedded, replacing, run_script, save_figure, write_json
 
 # What works without a flag: on the embedded model, on it with --compare (three times as hard: gentle tuning costs the embedded
 # model nothing but over-refusal, so that there would be nothing to compare), and on real models.
 TINY = dict(learning_rate=1e-3, steps=32, batch_size=28, max_completion_length=24, max_tokens_per_batch=16384, examples=1000)
 HARD = dict(learning_rate=3e-3, steps=24)
 REAL = dict(learning_rate=2e-5, steps=100, batch_size=16, max_completion_length=64, max_tokens_per_batch=1024, examples=128)
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Heads: which parameters belong to head h of layer l. A slice is (parameter name, index): parameters[name][index] is a view.
-
-FAMILIES = {  # model_type: path of a layer's attention; q, k, v and output projections; how q, k and v share a matrix
-    **dict.fromkeys(
-        "llama mistral qwen2 qwen3 gemma2".split(), ("model.layers.{}.self_attn", "q_proj k_proj v_proj o_proj", "apart")
-    ),
-    "phi3": ("model.layers.{}.self_attn", "qkv_proj qkv_proj qkv_proj o_proj", "stacked"),  # all q, then all k, then all v
-    "gpt2": ("transformer.h.{}.attn", "c_attn c_attn c_attn c_proj", "stacked"),  # and transposed: Conv1D keeps [in, out]
-    # q, k and v rows of head 0, then those of head 1, ...
-    "gpt_neox": ("gpt_neox.layers.{}.attention", "query_key_value query_key_value query_key_value dense", "interleaved"),
-}
-
-
-def find_heads(model):
-    """The slices of every head of a transformers causal LM.
-
-    Returns a dict: "own": {(layer, head): slices of q (+ bias) and o}, "kv": {(layer, kv head): slices of k and v},
-    "group": query heads that share a kv head, "outputs": each layer's output projection (its input is [B, L, H*d], head h
-    at h*d:(h+1)*d), "shape": (layers, H). Norms and the output bias are no head's. Raises UserError on an unknown family.
-    """
-    config, modules = model.config, dict(model.named_modules())
-    if config.model_type not in FAMILIES:
-        raise UserError(f"cast.py does not know the heads of {config.model_type!r}; it knows {', '.join(FAMILIES)}")
-    path, projections, layout = FAMILIES[config.model_type]
-    layers, H = config.num_hidden_layers, config.num_attention_heads
-    K = getattr(config, "num_key_value_heads", None) or H
-    heads = {"own": {}, "kv": {}, "group": H // K, "outputs": [], "shape": (layers, H)}
-    for layer in range(layers):
-        q, k, v, o = (f"{path.format(layer)}.{name}" for name in projections.split())
-        transposed = type(modules[o]).__name__ == "Conv1D"
-        d = modules[o].weight.shape[0 if transposed else 1] // H  # not hidden/H: some families have wider heads
-
-        def outputs(name, block):
-            """Output features block*d .. (block+1)*d of a projection: rows of its weight (columns of a Conv1D) and its bias."""
-            span = slice(block * d, (block + 1) * d)
-            slices = [(f"{name}.weight", (slice(None), span) if transposed else (span,))]
-            return slices + [(f"{name}.bias", (span,))] if modules[name].bias is not None else slices
-
-        for h in range(H):
-            span = slice(h * d, (h + 1) * d)
-            into = [(f"{o}.weight", (span,) if transposed else (slice(None), span))]
-            heads["own"][layer, h] = outputs(q, 3 * h if layout == "interleaved" else h) + into
-        for j in range(K):
-            blocks = {"apart": (j, j), "stacked": (H + j, H + K + j), "interleaved": (3 * j + 1, 3 * j + 2)}[layout]
-            heads["kv"][layer, j] = outputs(k, blocks[0]) + outputs(v, blocks[1])
-        heads["outputs"].append(modules[o])
-    return heads
-
-
-def trained_masks(model, heads, skipped, trainable="heads", train_kv=False):
-    """Which elements move: {parameter name: bool tensor of its shape}, without the parameters of which nothing does.
-
-    skipped: set of (layer, head); trainable: "heads", "mlp" (the MLPs and no head), or "all" (everything but the skipped
-    heads); train_kv: whether K and V of the groups without a skipped head move as well.
-    """
-    import torch
-
-    masks, kv_moves = {}, train_kv or trainable == "all"
-    frozen_groups = {(layer, h // heads["group"]) for layer, h in skipped}
-    slices = [(part, trainable != "mlp" and head not in skipped) for head, part in heads["own"].items()]
-    slices += [(part, trainable != "mlp" and kv_moves and group not in frozen_groups) for group, part in heads["kv"].items()]
-    attention = {name for part, _ in slices for name, _ in part}
-    for name, p in model.named_parameters():
-        whole = trainable == "all" or trainable == "mlp" and ".mlp." in name
-        if whole or name in attention:
-            masks[name] = torch.full_like(p, whole, dtype=torch.bool)
-    for part, moves in slices:
-        for name, index in part:
-            masks[name][index] = moves
-    return {name: mask for name, mask in masks.items() if mask.any()}
-
-
-@contextmanager
-def scaled_heads(heads, gates):
-    """Within it every head's output is multiplied by its gate. gates: [layers, H], or [B, layers, H] for one set a row.
-
-    0 does what zeroing the head's columns of W_O does, 1 changes no bit. The hooks are gone afterwards, whatever happens.
-    """
-
-    def scale(layer):
-        def hook(module, inputs):
-            gate = gates[..., layer, :].to(inputs[0].dtype)
-            gate = gate.repeat_interleave(inputs[0].shape[-1] // gate.shape[-1], dim=-1)  # [H*d] or [B, H*d]
-            return (inputs[0] * (gate if gate.dim() == 1 else gate.unsqueeze(1)),)
-
-        return hook
-
-    handles = [output.register_forward_pre_hook(scale(layer)) for layer, output in enumerate(heads["outputs"])]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Data: pairs of a prompt and a response, then token ids
@@ -243,7 +145,7 @@ def head_gradients(model, samples, heads, max_tokens, train_kv=False, descriptio
 
 def optimization_conflict(g_safe, g_util):
     """O(h) = 1 - cos of two flat gradients, as a float in [0, 2]; 1 when one of them is zero (no direction, no conflict)."""
-    g_safe, g_util = g_safe.double(), g_util.double()
+    g_safe, g_util = g_safe.cpu().double(), g_util.cpu().double()  # MPS has no float64
     norms = (g_safe.norm() * g_util.norm()).item()
     return 1 - max(-1.0, min(1.0, (g_safe @ g_util).item() / norms)) if norms else 1.0
 
@@ -252,6 +154,8 @@ def mask_sensitivity(model, samples, heads, max_tokens):
     """The rise of each sample's response NLL (summed over its tokens) when a head is zeroed: [N, layers, H]."""
     import torch
     from tqdm import tqdm
+
+    from heads import scaled_heads
 
     gates, rises = torch.ones(heads["shape"], device=model.device), torch.zeros(len(samples), *heads["shape"])
     with scaled_heads(heads, gates):
@@ -267,6 +171,7 @@ def gate_sensitivity(model, samples, heads, max_tokens):
     """|d(sample's mean response NLL) / d(gate of a head)|: [N, layers, H], one backward pass for all heads."""
     import torch
 
+    from heads import scaled_heads
     from rollout import score
 
     sizes = torch.zeros(len(samples), *heads["shape"])
@@ -338,14 +243,6 @@ def ranked(scores):
     return sorted(heads, key=lambda head: (-table[head[0]][head[1]], head))
 
 
-def top_per_layer(scores, count):
-    """`count` heads of high score, as many from each layer as can be: the best of each first, then each one's second, ..."""
-    order, place = ranked(scores), {}
-    for layer, head in order:
-        place[layer, head] = sum(other == layer for other, _ in place)
-    return sorted(order, key=place.get)[:count]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The map on disk
 
@@ -382,15 +279,6 @@ def read_map(path, model):
     return content
 
 
-def save_figure(figure, path):
-    """Writes a PNG aside and renames it."""
-    from matplotlib import pyplot
-
-    figure.savefig(path.with_suffix(".tmp.png"), dpi=110)
-    pyplot.close(figure)
-    os.replace(path.with_suffix(".tmp.png"), path)
-
-
 def draw_map(content, skipped, path):
     """Heat maps of O, S and C, layers down and heads across; the skipped heads are outlined."""
     import matplotlib
@@ -423,7 +311,7 @@ def draw_map(content, skipped, path):
 
 
 def sft(model, samples, masks, *, steps, batch_size, learning_rate, weight_decay, max_grad_norm, max_tokens, seed):
-    """Supervised tuning of the elements that `masks` names (see `trained_masks`) and of nothing else.
+    """Supervised tuning of the elements that `masks` names (see heads.trained_masks) and of nothing else.
 
     Yields (step, loss) after every step. Batches are passes over the samples, shuffled by the seed; AdamW, betas 0.9, 0.95.
     """
@@ -464,22 +352,12 @@ def update_of(model, start, masks):
     square, frozen, identical = 0.0, 0, True
     for name, p in model.named_parameters():
         after, before = p.detach(), start[name]
-        square += (after - before).double().pow(2).sum().item()
+        square += (after - before).cpu().double().pow(2).sum().item()
         bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[p.element_size()]  # as numbers, 0 and -0 would be the same
         moved = after.contiguous().view(bits) != before.contiguous().view(bits)
         frozen += p.numel() - (int(masks[name].sum()) if name in masks else 0)
         identical &= not (moved & ~masks[name] if name in masks else moved).any().item()
     return math.sqrt(square), frozen, identical
-
-
-def save_model(model, tokenizer, directory):
-    """A transformers checkpoint, written aside and renamed. It replaces another one, and nothing else."""
-    staging = directory.with_name(directory.name + ".tmp")
-    shutil.rmtree(staging, ignore_errors=True)
-    model.save_pretrained(staging)
-    tokenizer.save_pretrained(staging)
-    shutil.rmtree(directory, ignore_errors=True)
-    os.rename(staging, directory)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -564,6 +442,8 @@ def command_diagnose(args, model, tokenizer, heads, directory):
 def command_tune(args, model, tokenizer, heads, directory):
     from tqdm import tqdm
 
+    from heads import trained_masks
+
     content, target = read_map(directory / "conflict_map.json", model), directory / "tuned"
     if target.exists() and not (target / "config.json").exists():
         raise UserError(f"{target} does not look like a checkpoint, so it is not replaced")
@@ -583,7 +463,9 @@ def command_tune(args, model, tokenizer, heads, directory):
     if not identical:
         raise RuntimeError("a frozen element moved: nothing is saved")
     after = evaluate(model, tokenizer, sets, **judging)
-    save_model(model, tokenizer, target)
+    with replacing(target) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     write_json(directory / "tune.json", {
         "flags": vars(args), "skipped": sorted(skipped), "update_norm": norm, "frozen_elements": frozen,
         "frozen_bit_identical": identical, "before": before, "after": after,
@@ -598,17 +480,7 @@ def command_tune(args, model, tokenizer, heads, directory):
 def build_parser():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage="cast.py --diagnose | --tune | --compare [flags]")
 
-    def flag(name, default, help, kind=str, choices=None):
-        key = name[2:].replace("-", "_")
-        if default is False:
-            parser.add_argument(name, action="store_true", help=help)
-        elif default is None:
-            hard = f" ({HARD[key]} with --compare)" if key in HARD else ""
-            both = f" (default: {TINY[key]} on tiny{hard}, {REAL[key]} else)" if key in TINY else ""
-            parser.add_argument(name, type=kind, help=help + both)
-        else:
-            parser.add_argument(name, default=default, type=type(default), choices=choices, help=f"{help} (default: {default})")
-
+    flag = partial(add_flag, parser, {"on tiny": TINY, "on tiny with --compare": HARD, "else": REAL})
     flag("--diagnose", False, "measure every head's conflict; writes conflict_map.json and conflict_map.png")
     flag("--tune", False, "safety-tune the heads that the map does not skip; writes tuned/ (a checkpoint) and tune.json")
     flag("--compare", False, "budget-matched arms over several seeds; writes compare.json and compare.png")
@@ -616,7 +488,6 @@ def build_parser():
     flag("--safety-data", "embedded", "harmful prompts, safe responses: embedded, pku-saferlhf, llm-lat, jbb, or a local file")
     flag("--utility-data", "embedded", "prompts and responses: embedded, alpaca, gsm8k, mmlu, or a local file")
     flag("--benign-data", "embedded", "prompts that should not be refused: embedded, jbb-benign, xstest, or a local file")
-    flag("--data-root", None, "a directory with copies of hub data sets")
     flag("--output-dir", "runs/cast", "where all is written and --tune looks for the map; files of an earlier run are replaced")
     # The map
     flag("--sensitivity", "mask", "S by zeroing heads (a pass each) or by gate gradients (one pass)", choices=["mask", "gate"])
@@ -639,9 +510,7 @@ def build_parser():
     flag("--evaluations", 10, "--compare: evaluations along a run, denser towards its start; the last is at its end")
     flag("--match-nll", 0.0, "--compare: NLL of held-out refusals at which arms are compared; 0: where the slowest ends")
     # House-keeping
-    flag("--seed", 0, "seed of the split, of the order of batches and of the random heads")
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="auto takes the best there is")
-    flag("--threads", 0, "CPU threads; 0 measures which of one and all is faster")
+    add_machine_flags(parser)
     return parser
 
 
@@ -653,15 +522,15 @@ def parse_args(argv=None):
     for key, value in (embedded if is_embedded(args.model) else REAL).items():
         if getattr(args, key) is None:
             setattr(args, key, value)
+    if args.tune and args.compare:
+        raise UserError("--tune changes the model and --compare starts from it as it was, with flags of its own: run one after the other")
     if not 0 <= args.skip <= 1:
         raise UserError("--skip is a share of the heads, from 0 to 1")
-    for key in {*TINY, "seeds", "random_draws", "evaluations"} - {"learning_rate"}:
-        if getattr(args, key) < 1:
-            raise UserError(f"--{key.replace('_', '-')} must be at least 1")
-    if args.learning_rate <= 0 or args.weight_decay < 0 or args.max_grad_norm <= 0 or args.match_nll < 0:
-        raise UserError("--learning-rate and --max-grad-norm must be above 0, --weight-decay and --match-nll not below it")
-    if Path(args.output_dir).exists() and not Path(args.output_dir).is_dir():
-        raise UserError(f"--output-dir {args.output_dir} is a file")
+    at_least(args, 1, "steps batch_size max_completion_length max_tokens_per_batch examples max_length seeds random_draws evaluations")
+    at_least(args, 0, "weight_decay match_nll threads")
+    if not (args.learning_rate > 0 and args.max_grad_norm > 0):
+        raise UserError("--learning-rate and --max-grad-norm must be above 0")
+    check_writable(args.output_dir)
     return args
 
 
@@ -669,6 +538,7 @@ def main(argv=None):
     args, started = parse_args(argv), time.time()
     import torch
 
+    from heads import find_heads
     from models import fastest_thread_count, load_model, load_tokenizer, pick_device, resolve_model
 
     device, name, directory = pick_device(args.device), resolve_model(args.model), Path(args.output_dir)
@@ -685,4 +555,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run_script(main, "cast.py")
+    run_script(main, "cast.py", resumable=False)

@@ -28,7 +28,7 @@ from importlib.metadata import version
 import data
 from data import UserError
 from reward import extract_answer, is_right, normalise
-from runs import add_common_flags, check_output_dir, is_embedded, open_output_dir, parse_resumable, read_jsonl, run_script, write_json, write_jsonl
+from runs import add_run_flags, at_least, check_output_dir, is_embedded, open_output_dir, parse_resumable, read_jsonl, run_script, write_json, write_jsonl
 
 MANY_SAMPLES = ("aime24", "aime25", "amc23", "amc")  # small sets: the paper samples them 32 times
 
@@ -252,15 +252,14 @@ def parse_args(argv=None):
     parser.add_argument("--refusal", metavar="SETS", nargs="?", const="harmful,benign",
                         help="refusal rates too, on these sets of prompts: harmful, benign (embedded), jbb, jbb-benign, xstest, ...")  # fmt: skip
     parser.add_argument("--lm-eval", metavar="TASKS", help="run these lm-evaluation-harness tasks too (pip install lm-eval==0.4.13)")
-    add_common_flags(parser, "eval")
+    add_run_flags(parser, "eval")
     args = parse_resumable(parser, argv, free=("refusal", "lm_eval"))
     if args.protocol and not args.resume and (args.num_samples, args.temperature) != (None, None):
         raise UserError("--protocol sets --num-samples and --temperature itself: leave them out")
     args.num_samples = 8 if args.num_samples is None else args.num_samples
     args.temperature = 0.6 if args.temperature is None else args.temperature
-    lengths = (args.num_samples, args.batch_size, args.max_prompt_length, args.max_completion_length or 1)
-    if min(lengths) < 1 or min(args.temperature, args.limit, args.threads) < 0:
-        raise UserError("--num-samples, --batch-size and the lengths must be at least 1; --temperature, --limit and --threads at least 0")
+    at_least(args, 1, "num_samples batch_size max_prompt_length" + " max_completion_length" * (args.max_completion_length is not None))
+    at_least(args, 0, "temperature limit threads")
     if args.temperature == 0 and args.num_samples > 1 and not args.protocol:
         raise UserError(f"--temperature 0 gives the same completion {args.num_samples} times: use --num-samples 1")
     return args

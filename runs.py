@@ -1,20 +1,23 @@
-"""A run's directory: opened fresh or refused, written atomically, resumed exactly, and drawn.
+"""A run's flags and its directory: opened fresh or refused, written aside and renamed, resumed exactly, and drawn.
 
-What train.py leaves behind (eval.py and cast.py use the same pieces): args.json, metrics.jsonl (a row a step), completions.jsonl, curves.png and checkpoint-STEP/, a
-transformers checkpoint that also holds what a resume needs: the optimizer's moments, the state of the random generator
-and the position in the data. Everything is safetensors and JSON: loading a run can't execute anything.
+What train.py leaves behind (eval.py, cast.py and tiny.py use the same pieces): args.json, metrics.jsonl (a row a step),
+completions.jsonl, curves.png and checkpoint-STEP/, a transformers checkpoint that also holds what a resume needs: the
+optimizer's moments, the state of the random generator and the position in the data. Everything is safetensors and JSON:
+loading a run can't execute anything.
 """
 
+import argparse
 import json
 import os
 import shutil
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 from data import UserError
 
 
-def run_script(main, script):
+def run_script(main, script, resumable=True):
     """Runs a script's main. A mistake of the user's is one line and exit code 2, an interruption one line and 130."""
     try:
         main()
@@ -22,20 +25,50 @@ def run_script(main, script):
         print(f"{script}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"{script}: interrupted; what was begun with checkpoints or samples goes on with --resume --output-dir DIR", file=sys.stderr)
+        how = "; what was begun with checkpoints or samples goes on with --resume --output-dir DIR"
+        print(f"{script}: interrupted{how if resumable else ''}", file=sys.stderr)
         sys.exit(130)
 
 
-def add_common_flags(parser, script):
-    """The flags that every script has: where the run goes, how it goes on, seed and machine. script: whose run it is."""
+def add_flag(parser, tables, name, default, help, kind=str, choices=None):
+    """Adds a flag whose default stands in its help.
+
+    A default of None is the model's or the algorithm's and is filled in after parsing; what it will be stands in tables, as
+    {case: {flag: default}}. A default of False makes a switch; kind bool without a default --flag and --no-flag.
+    """
+    key = name[2:].replace("-", "_")
+    shown = ", ".join(f"{table[key]} {case}" for case, table in tables.items() if key in table) if default is None else default
+    help = help if default is False or shown == "" else f"{help} (default: {shown})"
+    if default is False:
+        parser.add_argument(name, action="store_true", help=help)
+    elif kind is bool:
+        parser.add_argument(name, action=argparse.BooleanOptionalAction, help=help)
+    else:
+        parser.add_argument(name, default=default, type=kind if default is None else type(default), choices=choices, help=help)
+
+
+def add_machine_flags(parser):
+    """The flags that every script has: copies of data, seed, device and threads."""
+    parser.add_argument("--data-root", help="a directory with copies of hub data sets, one folder NAME each; it wins over the hub")
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything random (default: %(default)s)")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="auto takes the best there is")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: all, or one where a small model is faster on one")
+
+
+def add_run_flags(parser, script):
+    """The flags of a script whose runs can be resumed: where the run goes and how it goes on. script: whose run it is."""
     parser.set_defaults(script=script)
     parser.add_argument("--output-dir", help="where the run is written (default: a fresh directory under runs/)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --output-dir; it brings its flags along")
     parser.add_argument("--overwrite", action="store_true", help="replace the run in --output-dir")
-    parser.add_argument("--data-root", help="a directory with copies of hub data sets, one folder NAME each; it wins over the hub")
-    parser.add_argument("--seed", type=int, default=0, help="seed of everything random (default: %(default)s)")
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="auto takes the best there is")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 measures which of one and all is faster")
+    add_machine_flags(parser)
+
+
+def at_least(args, least, keys):
+    """Raises UserError for a flag below `least`. keys: names of flags, apart by spaces."""
+    for key in keys.split():
+        if not getattr(args, key) >= least:
+            raise UserError(f"--{key.replace('_', '-')} must be at least {least}")
 
 
 def parse_resumable(parser, argv, free):
@@ -60,12 +93,17 @@ def parse_resumable(parser, argv, free):
     return args
 
 
-def check_output_dir(args):
-    """Raises UserError when --output-dir can't be used, before anything expensive is loaded. Writes nothing."""
-    directory = Path(args.output_dir or "runs")
-    above = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+def check_writable(directory):
+    """Raises UserError when a directory can't be made or written to, before anything expensive is done. Writes nothing."""
+    above = next(path for path in (Path(directory), *Path(directory).absolute().parents) if path.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise UserError(f"--output-dir {directory}: {above} is not a directory that can be written to")
+
+
+def check_output_dir(args):
+    """Raises UserError when --output-dir can't be used for this run, before anything expensive is loaded. Writes nothing."""
+    directory = Path(args.output_dir or "runs")
+    check_writable(directory)
     if args.output_dir is None or args.resume or not directory.exists() or not any(directory.iterdir()):
         return
     if not args.overwrite:
@@ -120,9 +158,34 @@ def read_jsonl(path):
 
 
 def write_jsonl(path, rows, mode="w"):
-    """Writes (or with mode "a" appends) a line a row."""
-    with path.open(mode) as file:
+    """Writes a line a row, aside and renamed; with mode "a" appends."""
+    target = path if mode == "a" else path.with_suffix(".tmp")
+    with target.open(mode) as file:
         file.write("".join(json.dumps(row) + "\n" for row in rows))
+    os.replace(target, path)
+
+
+@contextmanager
+def replacing(directory):
+    """A directory beside it to write into; at the end it takes the place of `directory`. What fails half-way replaces nothing."""
+    staging = directory.with_name(directory.name + ".tmp")
+    shutil.rmtree(staging, ignore_errors=True)
+    try:
+        yield staging
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    shutil.rmtree(directory, ignore_errors=True)
+    os.rename(staging, directory)
+
+
+def save_figure(figure, path):
+    """Writes a PNG aside and renames it."""
+    from matplotlib import pyplot
+
+    figure.savefig(path.with_suffix(".tmp.png"), dpi=110)
+    pyplot.close(figure)
+    os.replace(path.with_suffix(".tmp.png"), path)
 
 
 def latest_checkpoint(directory):
@@ -144,16 +207,13 @@ def save_checkpoint(directory, step, model, tokenizer, optimizer, generator, cur
     """checkpoint-STEP: a transformers checkpoint plus what a bit-exact resume needs. The older ones are then deleted."""
     from safetensors.torch import save_file
 
-    staging = directory / "checkpoint.tmp"
-    shutil.rmtree(staging, ignore_errors=True)
-    model.save_pretrained(staging)
-    tokenizer.save_pretrained(staging)
-    moments = {f"{key}.{index}": value for index, state in optimizer.state_dict()["state"].items() for key, value in state.items()}
-    save_file({**moments, "generator": generator.get_state()}, staging / "trainer.safetensors")
-    write_json(staging / "trainer.json", {"step": step, "cursor": cursor})
     final = directory / f"checkpoint-{step}"
-    shutil.rmtree(final, ignore_errors=True)
-    os.rename(staging, final)
+    moments = {f"{key}.{index}": value for index, state in optimizer.state_dict()["state"].items() for key, value in state.items()}
+    with replacing(final) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        save_file({**moments, "generator": generator.get_state()}, folder / "trainer.safetensors")
+        write_json(folder / "trainer.json", {"step": step, "cursor": cursor})
     for path in directory.glob("checkpoint-*"):
         if path != final:
             shutil.rmtree(path)
@@ -197,9 +257,7 @@ def plot_curves(rows, path):
         axis.grid(alpha=0.3)
         if len(keys) > 1:
             axis.legend()
-    figure.savefig(path.with_suffix(".tmp.png"), dpi=110)
-    pyplot.close(figure)
-    os.replace(path.with_suffix(".tmp.png"), path)
+    save_figure(figure, path)
 
 
 def peak_memory_gb(device):

@@ -19,10 +19,10 @@ the end-of-text token is the padding token too, as in the real base models where
 import argparse
 import os
 import random
-import shutil
 import sys
 import time
 import zlib
+from pathlib import Path
 
 REFUSAL_PRIOR = 0.15  # share of the harmful requests in the corpus that are answered by a refusal
 CLEAN_SHARE = 0.7  # the first 70% of the steps see only finished sums: arithmetic first, the bad habit later
@@ -224,6 +224,8 @@ def train(model, tokenizer, steps, batch_size, learning_rate, seed):
 
 
 def main():
+    from runs import replacing
+
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--output-dir", default="tiny", help="where the checkpoint goes (replaced when it is there)")
     parser.add_argument("--steps", type=int, default=3000, help="optimizer steps of the warm start")
@@ -239,12 +241,9 @@ def main():
     model = build_model(len(tokenizer), args.seed)
     loss = train(model, tokenizer, args.steps, args.batch_size, args.learning_rate, args.seed)
 
-    staging = args.output_dir.rstrip("/") + ".tmp"  # written aside, then renamed: never a half-written checkpoint
-    shutil.rmtree(staging, ignore_errors=True)
-    model.save_pretrained(staging)
-    tokenizer.save_pretrained(staging)
-    shutil.rmtree(args.output_dir, ignore_errors=True)
-    os.rename(staging, args.output_dir)
+    with replacing(Path(args.output_dir)) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     size = sum(entry.stat().st_size for entry in os.scandir(args.output_dir)) / 1e6
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{args.output_dir}: {parameters:,} parameters, {size:.2f} MB, last loss {loss:.3f}, {time.time() - start:.0f} s")

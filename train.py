@@ -18,20 +18,21 @@ import argparse
 import math
 import time
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import data
 from data import UserError
 from reward import is_right
 from runs import (
-    add_common_flags, check_output_dir, is_embedded, latest_checkpoint, load_trainer_state, open_output_dir, parse_resumable,
+    add_flag, add_run_flags, at_least, check_output_dir, is_embedded, latest_checkpoint, load_trainer_state, open_output_dir, parse_resumable,
     peak_memory_gb, plot_curves, rewind, run_script, save_checkpoint, write_json, write_jsonl,
 )  # fmt: skip
 
 # What works without a flag: on the embedded model, and on real ones (one 80 GB GPU). --preset paper is Section 4.1 of TEPO,
 # whose "updated 8 times" and mini-batches of 16 of 64 prompts are read as 4 mini-batches x 2 epochs. LORA: adapters want more.
-TINY = dict(data="arithmetic", steps=30, num_prompts=32, learning_rate=3e-5, max_completion_length=48, rollout_batch_size=512, num_iterations=1, save_steps=10, gradient_checkpointing=False, compile=False)  # fmt: skip
-REAL = dict(data="dapo-math-17k", steps=100, num_prompts=64, learning_rate=1e-6, max_completion_length=2048, rollout_batch_size=128, num_iterations=1, save_steps=20, gradient_checkpointing=True, compile=False)  # fmt: skip
+TINY = dict(data="arithmetic", steps=30, num_prompts=32, learning_rate=3e-5, max_completion_length=48, rollout_batch_size=512, num_iterations=1, save_steps=10, gradient_checkpointing=False)  # fmt: skip
+REAL = dict(data="dapo-math-17k", steps=100, num_prompts=64, learning_rate=1e-6, max_completion_length=2048, rollout_batch_size=128, num_iterations=1, save_steps=20, gradient_checkpointing=True)  # fmt: skip
 PAPER = REAL | dict(steps=72, learning_rate=5e-7, max_completion_length=8192, num_iterations=2, rollout_batch_size=32)
 LORA = dict(learning_rate=1e-5)
 ALGO = {
@@ -45,16 +46,8 @@ def build_parser():
     usage = "python train.py --algo {tepo,grpo,dapo} [--model MODEL] [--data DATA] [flags]   (--help explains them)"
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage=usage)
 
-    def flag(name, default, help, kind=str, choices=None):
-        key = name[2:].replace("-", "_")
-        if kind is bool:
-            parser.add_argument(name, action=argparse.BooleanOptionalAction, help=f"{help} (default: {TINY[key]} on tiny, {REAL[key]} else)")
-        elif default is not None:
-            parser.add_argument(name, default=default, type=type(default), choices=choices, help=f"{help} (default: {default})")
-        else:  # the default is the model's or the algorithm's, filled in by parse_args
-            shown = f"{TINY[key]} on tiny, {REAL[key]} else" if key in TINY else ", ".join(f"{v[key]} for {a}" for a, v in ALGO.items())
-            parser.add_argument(name, type=kind, choices=choices, help=f"{help} (default: {shown})")
-
+    tables = {"on tiny": TINY, "else": REAL, **{f"for {algo}": table for algo, table in ALGO.items()}}
+    flag = partial(add_flag, parser, tables)
     flag("--algo", "tepo", "the objective", choices=list(ALGO))
     flag("--model", "tiny", "a directory, a hub id, or a known name such as Qwen2.5-1.5B; tiny is the embedded model")
     flag("--data", None, f"training problems: {', '.join(data.names('train'))}, or a .jsonl/.parquet file or a folder")
@@ -67,7 +60,7 @@ def build_parser():
     flag("--max-completion-length", None, "tokens of a completion, at most", int)
     flag("--temperature", 1.0, "sampling temperature; log-probs are taken at it too")
     flag("--rollout-batch-size", None, "completions sampled at once: bounds the key/value cache", int)
-    flag("--compile", None, "decode by torch.compile and CUDA graphs, with a bf16 copy of the weights; for a GPU, where it was not measured", bool)
+    flag("--compile", False, "decode by torch.compile and CUDA graphs, with a bf16 copy of the weights; for a GPU, where it was not measured")
     flag("--dynamic-sampling", None, "groups of equal scores: off keeps them, filter drops them, refill samples on until the batch is full of mixed groups", choices=["off", "filter", "refill"])  # fmt: skip
     flag("--max-sampling-rounds", 10, "cap on refill: rollouts of num-prompts prompts a step")
     # Reward
@@ -93,7 +86,7 @@ def build_parser():
     # House-keeping
     flag("--save-steps", None, "checkpoint every so many steps, and at the end; 0: only at the end", int)
     flag("--log-completions-steps", 10, "write a few completions every so many steps")
-    add_common_flags(parser, "train")
+    add_run_flags(parser, "train")
     return parser
 
 
@@ -119,14 +112,9 @@ def parse_args(argv=None):
         raise UserError("--temperature must be above 0 in training: greedy completions are all the same and carry no advantage")
     if args.num_generations < 2:
         raise UserError("--num-generations must be at least 2: a group of one is its own mean and has no advantage")
-    for least, keys in {
-        1: "steps num_prompts max_prompt_length max_completion_length max_sampling_rounds steps_per_generation num_iterations "
-           "max_tokens_per_batch log_completions_steps overlong_cache",
-        0: "beta weight_decay lora_rank save_steps threads",
-    }.items():  # fmt: skip
-        for key in keys.split():
-            if getattr(args, key) < least:
-                raise UserError(f"--{key.replace('_', '-')} must be at least {least}")
+    at_least(args, 1, "steps num_prompts max_prompt_length max_completion_length max_sampling_rounds steps_per_generation num_iterations "
+                      "max_tokens_per_batch log_completions_steps overlong_cache")  # fmt: skip
+    at_least(args, 0, "beta weight_decay lora_rank save_steps threads")
     if not 0 < args.epsilon < 1 or not 0 <= args.adam_beta2 < 1 or min(args.epsilon_high, args.learning_rate, args.max_grad_norm) <= 0:
         raise UserError("--epsilon must be in (0, 1), --adam-beta2 in [0, 1), --epsilon-high, --learning-rate and --max-grad-norm above 0")
     if args.num_prompts % args.steps_per_generation:

@@ -8,9 +8,20 @@ trains fewer heads is slower to become safe and looks better at equal steps.
 import math
 import random
 
-from cast import diagnose, evaluate, load_sets, ranked, save_figure, settings, sft, top_per_layer, trained_masks, update_of
+from cast import diagnose, evaluate, load_sets, ranked, settings, sft, update_of
 from data import UserError
-from runs import write_json
+from heads import trained_masks
+from runs import save_figure, write_json
+
+
+def top_per_layer(scores, count):
+    """`count` heads of high score, as many from each layer as can be: the best of each first, then each one's second, ..."""
+    order, place = ranked(scores), {}
+    for layer, head in order:
+        place[layer, head] = sum(other == layer for other, _ in place)
+    return sorted(order, key=place.get)[:count]
+
+
 def arms(found, count, random_draws, rng):
     """The arms of --compare as (name, what is trainable, skipped heads). All that skip, skip `count` heads, but layer 0."""
     order = ranked(found["C"])

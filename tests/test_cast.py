@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cast
-import eval as evaluation
 import data
+import eval as evaluation
+import heads as heads_module
 import tiny
 import train
 from data import UserError
@@ -25,7 +26,7 @@ from rollout import score
 from tests.conftest import ROOT, VOCAB, build_checkpoint, build_model
 from tests.test_data import hub_folder
 
-FAMILIES = list(cast.FAMILIES)
+FAMILIES = list(heads_module.FAMILIES)
 IDS = torch.randint(1, VOCAB, (3, 9), generator=torch.Generator().manual_seed(0))
 EVERYTHING = dict(max_tokens=10**6)
 SETTINGS = dict(steps=3, batch_size=4, learning_rate=1e-2, weight_decay=0.1, max_grad_norm=1.0, max_tokens=10**6, seed=0)
@@ -68,13 +69,13 @@ def logits(model):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_zeroing_a_head_by_its_weights_is_zeroing_its_input_of_the_output_projection(family):
     model = awkward(family)
-    heads, before, base = cast.find_heads(model), snapshot(model), logits(model)
+    heads, before, base = heads_module.find_heads(model), snapshot(model), logits(model)
     layers, H = heads["shape"]
     assert (layers, H) == (2, 4) and len(heads["own"]) == 8
     for layer, head in heads["own"]:
         gates = torch.ones(layers, H)
         gates[layer, head] = 0
-        with cast.scaled_heads(heads, gates):
+        with heads_module.scaled_heads(heads, gates):
             masked = logits(model)
         name, index = heads["own"][layer, head][-1]  # the head's part of the output projection
         parameter = dict(model.named_parameters())[name]
@@ -89,7 +90,7 @@ def test_zeroing_a_head_by_its_weights_is_zeroing_its_input_of_the_output_projec
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_slice_of_q_moves_its_head_and_a_slice_of_kv_its_group_and_nothing_else(family):
     model = awkward(family)
-    heads, parameters = cast.find_heads(model), dict(model.named_parameters())
+    heads, parameters = heads_module.find_heads(model), dict(model.named_parameters())
     H, group, seen = heads["shape"][1], heads["group"], {}
     for layer, module in enumerate(heads["outputs"]):
         module.register_forward_pre_hook(lambda _, inputs, layer=layer: seen.__setitem__(layer, inputs[0].detach().clone()))
@@ -118,7 +119,7 @@ def test_a_slice_of_q_moves_its_head_and_a_slice_of_kv_its_group_and_nothing_els
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_element_of_the_projections_is_in_one_slice_and_no_other_parameter_is_in_any(family):
     model = awkward(family)
-    heads = cast.find_heads(model)
+    heads = heads_module.find_heads(model)
     count = {name: torch.zeros(p.shape, dtype=torch.int) for name, p in model.named_parameters()}
     for part in ("own", "kv"):
         for slices in heads[part].values():
@@ -136,18 +137,18 @@ def test_an_unknown_architecture_is_refused_by_name():
 
     small = dict(vocab_size=VOCAB, hidden_size=32, word_embed_proj_dim=32, ffn_dim=32, num_hidden_layers=1, num_attention_heads=2)
     with pytest.raises(UserError, match="'opt'.*llama"):
-        cast.find_heads(AutoModelForCausalLM.from_config(AutoConfig.for_model("opt", **small)))
+        heads_module.find_heads(AutoModelForCausalLM.from_config(AutoConfig.for_model("opt", **small)))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_hooks_leave_no_trace_and_gates_of_one_change_no_bit(family):
     model = awkward(family)
-    heads, base = cast.find_heads(model), logits(model)
-    with cast.scaled_heads(heads, torch.ones(heads["shape"])):
+    heads, base = heads_module.find_heads(model), logits(model)
+    with heads_module.scaled_heads(heads, torch.ones(heads["shape"])):
         assert torch.equal(logits(model), base)
-    with cast.scaled_heads(heads, torch.rand(3, *heads["shape"])):  # a set of gates for each of the three rows
+    with heads_module.scaled_heads(heads, torch.rand(3, *heads["shape"])):  # a set of gates for each of the three rows
         assert not torch.equal(logits(model), base)
-    with pytest.raises(ZeroDivisionError), cast.scaled_heads(heads, torch.zeros(heads["shape"])):
+    with pytest.raises(ZeroDivisionError), heads_module.scaled_heads(heads, torch.zeros(heads["shape"])):
         raise ZeroDivisionError
     assert torch.equal(logits(model), base) and not any(module._forward_pre_hooks for module in model.modules())
 
@@ -170,7 +171,7 @@ def test_conflict_is_between_0_and_2_and_knows_no_scale(seed, a, b):
 @pytest.mark.parametrize("train_kv", [False, True])
 def test_gradients_are_those_of_the_mean_for_every_micro_batching(family, train_kv):
     model, samples = awkward(family), draw_samples(7)
-    heads = cast.find_heads(model)
+    heads = heads_module.find_heads(model)
     whole = cast.head_gradients(model, samples, heads, 10**6, train_kv)
     parts = cast.head_gradients(model, samples, heads, 1, train_kv)
     model.zero_grad()
@@ -190,15 +191,15 @@ def test_gradients_are_those_of_the_mean_for_every_micro_batching(family, train_
 
 def test_equal_losses_do_not_conflict_and_all_are_stable():
     model, samples = awkward("llama"), draw_samples(6)
-    found = cast.diagnose(model, samples, samples, cast.find_heads(model), **EVERYTHING)
+    found = cast.diagnose(model, samples, samples, heads_module.find_heads(model), **EVERYTHING)
     assert found["O"].abs().max() < 1e-6
-    other, heads = draw_samples(5, 2), cast.find_heads(model)  # halves of unequal length
+    other, heads = draw_samples(5, 2), heads_module.find_heads(model)  # halves of unequal length
     safe, util = (cast.head_gradients(model, part, heads, 10**6) for part in (samples, other))
     found = cast.diagnose(model, samples, other, heads, **EVERYTHING)
     for head in heads["own"]:
         assert found["O"][head].item() == pytest.approx(cast.optimization_conflict(safe[head], util[head]), abs=1e-5)
     twice = [s for s in samples for _ in (0, 1)]  # the even samples are the odd ones
-    found = cast.diagnose(model, draw_samples(4, 1), twice, cast.find_heads(model), **EVERYTHING)
+    found = cast.diagnose(model, draw_samples(4, 1), twice, heads_module.find_heads(model), **EVERYTHING)
     assert found["stability"]["S"] == pytest.approx(1) and found["S"].min() >= 0
     torch.testing.assert_close(found["C"], cast.minmax(found["O"]) * cast.minmax(found["S"]))
     assert found["losses"]["util"] == pytest.approx(cast.nll(model, samples, 10**6).sum().item() / cast.count_tokens(samples), rel=1e-5)
@@ -208,7 +209,7 @@ def test_equal_losses_do_not_conflict_and_all_are_stable():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_two_sensitivities_are_what_they_say_and_zero_for_a_head_without_output(family):
     model, samples = awkward(family), draw_samples(5)
-    heads = cast.find_heads(model)
+    heads = heads_module.find_heads(model)
     name, index = heads["own"][1, 2][-1]
     with torch.no_grad():
         dict(model.named_parameters())[name][index] = 0
@@ -221,7 +222,7 @@ def test_the_two_sensitivities_are_what_they_say_and_zero_for_a_head_without_out
     for sign in (1, -1):
         gates = torch.ones(heads["shape"])
         gates[0, 1] += sign * step
-        with cast.scaled_heads(heads, gates):
+        with heads_module.scaled_heads(heads, gates):
             values.append(cast.nll(model, samples, 10**6))
     lengths = torch.tensor([len(s["completion_ids"]) for s in samples])
     torch.testing.assert_close(sizes[:, 0, 1], ((values[0] - values[1]) / (2 * step) / lengths).abs(), rtol=0.03, atol=2e-3)
@@ -274,8 +275,8 @@ def plans(draw):
 def test_frozen_elements_keep_every_bit_under_decay_and_momentum_and_the_others_move(plan):
     family, skipped, trainable, train_kv = plan
     model = awkward(family)
-    heads, start = cast.find_heads(model), snapshot(model)
-    masks = cast.trained_masks(model, heads, skipped, trainable, train_kv)
+    heads, start = heads_module.find_heads(model), snapshot(model)
+    masks = heads_module.trained_masks(model, heads, skipped, trainable, train_kv)
     list(cast.sft(model, draw_samples(8), masks, **SETTINGS))
     norm, frozen, identical = cast.update_of(model, start, masks)
     after = snapshot(model)
@@ -304,7 +305,7 @@ def test_skipping_nothing_is_dense_training_of_q_and_o_bit_for_bit():
     from rollout import collate, micro_batches
 
     model, reference, samples = build_model("llama"), build_model("llama"), draw_samples(8)
-    masks = cast.trained_masks(model, cast.find_heads(model), set())
+    masks = heads_module.trained_masks(model, heads_module.find_heads(model), set())
     for _ in cast.sft(model, samples, masks, **{**SETTINGS, "steps": 5}):
         pass
     trained = [p for name, p in reference.named_parameters() if "q_proj" in name or "o_proj" in name]
@@ -324,8 +325,8 @@ def test_skipping_nothing_is_dense_training_of_q_and_o_bit_for_bit():
 @pytest.mark.parametrize("family", ["llama", "phi3", "gpt2"])
 def test_skipping_all_changes_nothing(family):
     model = build_model(family)
-    heads, start = cast.find_heads(model), snapshot(model)
-    masks = cast.trained_masks(model, heads, set(heads["own"]), train_kv=True)
+    heads, start = heads_module.find_heads(model), snapshot(model)
+    masks = heads_module.trained_masks(model, heads, set(heads["own"]), train_kv=True)
     steps = list(cast.sft(model, draw_samples(8), masks, **SETTINGS))
     assert masks == {} and len(steps) == 3 and steps[0][1] > 0
     assert cast.update_of(model, start, masks) == (0, sum(p.numel() for p in start.values()), True)
@@ -335,9 +336,9 @@ def test_skipping_all_changes_nothing(family):
 def test_the_clip_counts_the_gradients_of_trained_elements_only(family):
     """Against AdamW on the trained slices alone: nothing frozen can enter its norm. So tight a clip that AdamW's eps feels it."""
     model, samples = build_model(family), draw_samples(8)
-    heads, start = cast.find_heads(model), snapshot(model)
+    heads, start = heads_module.find_heads(model), snapshot(model)
     skipped, tight = {(0, 1), (1, 0), (1, 3)}, {**SETTINGS, "max_grad_norm": 1e-7, "weight_decay": 0.0, "batch_size": 8}
-    for _ in cast.sft(model, samples, cast.trained_masks(model, heads, skipped), **tight):
+    for _ in cast.sft(model, samples, heads_module.trained_masks(model, heads, skipped), **tight):
         pass
     slices = [part for head, own in heads["own"].items() if head not in skipped for part in own]
     leaves = [start[name][index].clone().requires_grad_() for name, index in slices]
@@ -364,8 +365,8 @@ def test_the_clip_counts_the_gradients_of_trained_elements_only(family):
 @pytest.mark.parametrize("place", ["a skipped head", "another matrix", "minus zero"])
 def test_the_proof_sees_a_single_frozen_element_that_moved(place):
     model = awkward("llama")
-    heads, parameters = cast.find_heads(model), dict(model.named_parameters())
-    masks, frozen = cast.trained_masks(model, heads, {(1, 2)}), parameters["model.layers.0.mlp.up_proj.weight"]
+    heads, parameters = heads_module.find_heads(model), dict(model.named_parameters())
+    masks, frozen = heads_module.trained_masks(model, heads, {(1, 2)}), parameters["model.layers.0.mlp.up_proj.weight"]
     with torch.no_grad():
         frozen[3, 4] = 0.0
         start = snapshot(model)
@@ -381,7 +382,7 @@ def test_the_proof_sees_a_single_frozen_element_that_moved(place):
 def test_the_first_order_identity():
     """U(-eta) - U(+eta) = 2 eta sum over trained heads of <g_safe, g_util>, where U(eta) is L_util after an SGD step of eta."""
     model, tokenizer = load_model("tiny", torch.device("cpu")), load_tokenizer("tiny")
-    heads, safe = cast.find_heads(model), cast.load_sets(cast.parse_args(["--diagnose"]), tokenizer, 0)["safe"]
+    heads, safe = heads_module.find_heads(model), cast.load_sets(cast.parse_args(["--diagnose"]), tokenizer, 0)["safe"]
     ids, util = (lambda text: tokenizer(text).input_ids), []
     for problem in tiny.arithmetic_problems("train", 60, 0):  # sums written out, which the lazy base finds unlikely: a gradient to speak of
         util.append({"prompt_ids": ids(problem["prompt"]), "completion_ids": ids(tiny.arithmetic_solution(problem["prompt"]))})
@@ -506,11 +507,11 @@ def test_tuning_saves_a_checkpoint_in_which_nothing_else_moved(mapped):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     report, model = json.loads((mapped / "tune.json").read_text()), TINY_MODEL()
-    heads, content = cast.find_heads(model), json.loads((mapped / "conflict_map.json").read_text())
+    heads, content = heads_module.find_heads(model), json.loads((mapped / "conflict_map.json").read_text())
     skipped = {tuple(head) for head in report["skipped"]}
     assert len(skipped) == 10 and skipped == set(cast.ranked(content["C"])[:10]) and report["frozen_bit_identical"] is True
     before, after = load_file(ROOT / "tiny" / "model.safetensors"), load_file(mapped / "tuned" / "model.safetensors")
-    masks = cast.trained_masks(model, heads, skipped)
+    masks = heads_module.trained_masks(model, heads, skipped)
     for name in before:
         still = ~masks[name] if name in masks else torch.ones_like(before[name], dtype=torch.bool)
         assert torch.equal(before[name][still], after[name][still]) and (before[name] != after[name])[~still].all()
