@@ -187,7 +187,7 @@ def is_degenerate(text):
 
 
 def greedy(model, tokenizer, samples, *, max_completion_length, max_tokens):
-    """The most likely completions of the samples' prompts, as texts."""
+    """The most likely completions of the samples' prompts, as texts. samples: dicts with prompt_ids; max_tokens: of a batch."""
     import torch
 
     from models import stop_token_ids
@@ -203,22 +203,28 @@ def greedy(model, tokenizer, samples, *, max_completion_length, max_tokens):
     return texts
 
 
-def refusal_rates(model, tokenizer, names, args):
-    """Refusal rates of greedy completions on sets of prompts, as {name: {prompts, refusal_rate, degenerate}}.
+def refusal_prompts(name, tokenizer, args):
+    """The prompts of a set on which refusals are counted, as problems with their prompt_ids. Raises UserError for an unknown set.
 
-    names: "harmful" and "benign" are the embedded requests; the others are sets of data.load_pairs (jbb, jbb-benign, xstest,
-    ...). A refusal rate is not an attack success rate: it says how an answer opens, not what it would be worth.
+    name: "harmful" and "benign" are the embedded requests; the others are sets of data.load_pairs (jbb, jbb-benign, xstest, ...).
     """
     import tiny
 
+    if name in ("harmful", "benign"):
+        pairs = tiny.noun_requests(harmful=name == "harmful")
+    else:
+        pairs, _ = data.load_pairs(name, data.PAIRS[name][0] if name in data.PAIRS else "over-refusal", root=args.data_root)
+    problems = [{"prompt": pair["prompt"], "instruction": ""} for pair in pairs][: args.limit or None]
+    return data.encode_prompts(problems, tokenizer, args.max_prompt_length)[0]
+
+
+def refusal_rates(model, tokenizer, sets, args):
+    """Refusal rates of greedy completions, as {name: {prompts, refusal_rate, degenerate}}. sets: {name: problems with prompt_ids}.
+
+    A refusal rate is not an attack success rate: it says how an answer opens, not what it would be worth.
+    """
     rates = {}
-    for name in names:
-        if name in ("harmful", "benign"):
-            pairs = tiny.noun_requests(harmful=name == "harmful")
-        else:
-            pairs, _ = data.load_pairs(name, data.PAIRS[name][0] if name in data.PAIRS else "over-refusal", root=args.data_root)
-        problems = [{"prompt": pair["prompt"], "instruction": ""} for pair in pairs][: args.limit or None]
-        problems, _, _ = data.encode_prompts(problems, tokenizer, args.max_prompt_length)
+    for name, problems in sets.items():
         options = dict(max_completion_length=min(64, args.max_completion_length), max_tokens=64 * args.batch_size)
         texts = greedy(model, tokenizer, problems, **options)
         shares = [sum(map(judge, texts)) / len(texts) for judge in (is_refusal, is_degenerate)]
@@ -282,6 +288,7 @@ def main(argv=None):
         sets[part] = data.load_prompts(part, "test", tokenizer, args.max_prompt_length, args.data_root)[: args.limit or None]
         n, temperature = settings_of(part, args)
         print(f"  {len(sets[part])} problems x {n} samples at temperature {temperature}")
+    asked = {part: refusal_prompts(part, tokenizer, args) for part in (args.refusal or "").split(",") if part}
     model = load_model(name, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     longest = max(len(problem["prompt_ids"]) for problems in sets.values() for problem in problems)
     if args.max_completion_length is None:
@@ -305,8 +312,8 @@ def main(argv=None):
     prompts = {part: data.render(problems[0], tokenizer)[0] for part, problems in sets.items()}
     record = {"results": results, "first_prompts": prompts, "args": vars(args), "versions": versions}
     write_json(directory / "results.json", record)  # before what may still fail
-    if args.refusal:
-        record["refusal"] = refusal_rates(model, tokenizer, args.refusal.split(","), args)
+    if asked:
+        record["refusal"] = refusal_rates(model, tokenizer, asked, args)
     if args.lm_eval:
         harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=min(16, args.batch_size))
         try:

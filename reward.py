@@ -324,7 +324,8 @@ def is_right(completion, answer, styles=("boxed",)):
 
     completion: any string; answer: the gold one; styles: see `extract_answer`. With ("#",), the embedded arithmetic, the
     text itself must be the same: 7+8 is no answer to a sum. Raises nothing for any string, and takes at most TIME_LIMIT
-    (a second more when a worker has to be started). Raises UserError only where math-verify is needed and not installed.
+    (some seconds more when a worker has to be started, or was killed from outside). Raises UserError only where math-verify
+    is needed and not installed.
     """
     found = extract_answer(completion, styles)
     if not found or len(found) > MAX_ANSWER:

@@ -159,9 +159,10 @@ def read_jsonl(path):
 
 def write_jsonl(path, rows, mode="w"):
     """Writes a line a row, aside and renamed; with mode "a" appends."""
+    text = "".join(json.dumps(row) + "\n" for row in rows)
     target = path if mode == "a" else path.with_suffix(".tmp")
     with target.open(mode) as file:
-        file.write("".join(json.dumps(row) + "\n" for row in rows))
+        file.write(text)
     os.replace(target, path)
 
 

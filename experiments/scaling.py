@@ -3,7 +3,7 @@
     python experiments/scaling.py      # two or three minutes on two CPU cores; draws experiments/scaling.png
 
 A Llama shape of 25M parameters with random weights. Completions never end by themselves here, so that their lengths are
-what is asked for. Every figure is the median of --repeats, taken in turns.
+what is asked for. Seconds are medians of --repeats, taken in turns; memory is measured once, in a process of its own.
 """
 
 import argparse

@@ -593,6 +593,9 @@ def test_the_answer_follows_the_numbers():
 @pytest.mark.parametrize("flags, message", [
     ("", "say what to do"),
     ("--tune --skip 1.5", "share of the heads"),
+    ("--tune --compare", "one after the other"),
+    ("--diagnose --threads -1", "at least 0"),
+    ("--diagnose --examples 0", "at least 1"),
     ("--tune --steps 0", "at least 1"),
     ("--tune --learning-rate -1", "above 0"),
     ("--diagnose --model no/such/model/dir", "no/such/model/dir"),
@@ -605,6 +608,12 @@ def test_wrong_input_is_one_line_and_writes_nothing(tmp_path, flags, message):
     with pytest.raises(UserError, match=message) as error:
         cast.main([*SMALL, *flags.split(), "--output-dir", str(tmp_path / "new")][4 if "--steps" in flags else 0 :])
     assert "\n" not in str(error.value) and not (tmp_path / "new").exists()
+
+
+def test_an_output_dir_that_cannot_be_made_is_told_before_the_work(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="not a directory"):
+        cast.parse_args(["--diagnose", "--output-dir", str(tmp_path / "file" / "sub")])
 
 
 def test_a_foreign_directory_is_not_replaced(mapped, tmp_path):

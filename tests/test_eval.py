@@ -99,6 +99,8 @@ def test_held_out_problems_are_not_in_the_training_stream():
     ("--max-completion-length 600", "512 positions"),
     ("--protocol tepo --num-samples 4", "leave them out"),
     ("--model no/such/dir/here", "no such directory"),
+    ("--refusal harmful,no-such-set", "no-such-set: unknown"),
+    ("--threads -1", "at least 0"),
     ("--lm-eval gsm8k --limit 1", "pip install lm-eval"),
 ])  # fmt: skip
 def test_wrong_input_is_one_line(tmp_path, flags, message):

@@ -85,12 +85,15 @@ def test_a_model_samples_scores_and_learns_the_same_with_either_product(family, 
     assert use_fastest_product(fast) and any(isinstance(module, OneDNNLinear) for module in fast.modules())
     samples = sample_with(plain)
     assert [s["completion_ids"] for s in sample_with(fast)] == [s["completion_ids"] for s in samples]
-    batch = collate(samples, 0, "cpu")
+    batch, call, shapes = collate(samples, 0, "cpu"), models_module.onednn, set()
+    monkeypatch.setattr(models_module, "onednn", lambda x, *rest: (shapes.add(tuple(x.shape)), call(x, *rest))[1])
     for a, b in zip(score(plain, batch, 0.9), score(fast, batch, 0.9)):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    assert shapes and {shape[0] for shape in shapes} == {rows}
     expected = gradients(plain, batch)
     for name, gradient in gradients(fast, batch).items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-3)
+    assert len({shape for shape in shapes if shape[1] == rows}) > 1, "gradients of weights are products of blocks too"
     fast.train()
     fast.activation_checkpointing_enable()
     for name, gradient in gradients(fast, batch).items():

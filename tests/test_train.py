@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 import train
 from data import UserError
+from runs import read_jsonl, replacing, write_jsonl
 from tests.conftest import ROOT, build_checkpoint
 
 SMALL = "--num-prompts 6 --num-generations 4 --max-completion-length 24 --threads 1 --device cpu --steps-per-generation 3".split()
@@ -330,3 +331,25 @@ def test_a_model_whose_logits_are_not_those_of_its_head_is_refused_before_an_upd
     with pytest.raises(UserError, match="log-probs of sampler and scorer differ"):
         run(tmp_path / "run", "--model", model, "--data", str(tmp_path / "data.jsonl"), "--steps", "1", "--dynamic-sampling", "off")
     assert not list((tmp_path / "run").glob("checkpoint*"))
+
+
+def test_what_fails_half_way_leaves_the_old_files_and_nothing_else(tmp_path, monkeypatch):
+    write_jsonl(tmp_path / "rows.jsonl", [{"step": 1}])
+    with pytest.raises(TypeError):
+        write_jsonl(tmp_path / "rows.jsonl", [{"step": 2}, {"step": object()}])
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError))  # killed before the end
+        write_jsonl(tmp_path / "rows.jsonl", [{"step": 2}])
+    assert read_jsonl(tmp_path / "rows.jsonl") == [{"step": 1}]
+    write_jsonl(tmp_path / "rows.jsonl", [{"step": 2}], mode="a")
+    write_jsonl(tmp_path / "rows.jsonl", read_jsonl(tmp_path / "rows.jsonl"))
+    assert read_jsonl(tmp_path / "rows.jsonl") == [{"step": 1}, {"step": 2}]
+    for text in ("old", "new"):
+        with replacing(tmp_path / "folder") as folder:
+            folder.mkdir()
+            (folder / text).write_text("")
+    with pytest.raises(KeyboardInterrupt), replacing(tmp_path / "folder") as folder:
+        folder.mkdir()
+        raise KeyboardInterrupt
+    assert [path.name for path in (tmp_path / "folder").iterdir()] == ["new"]
+    assert {path.name for path in tmp_path.iterdir()} == {"folder", "rows.jsonl"}
