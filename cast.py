@@ -124,7 +124,11 @@ def count_tokens(samples):
 
 
 def head_gradients(model, samples, heads, max_tokens, train_kv=False, description=None):
-    """{(layer, head): flat gradient on theta_h of the mean response NLL of all samples}. All parameters end up trainable."""
+    """{(layer, head): flat gradient on theta_h of the mean response NLL of all samples}. All parameters end up trainable.
+
+    heads: from heads.find_heads; max_tokens: padded tokens of a batch; train_kv: K and V of a head's group count to theta_h;
+    description: draws a progress bar.
+    """
     import torch
 
     from rollout import score
@@ -313,6 +317,7 @@ def draw_map(content, skipped, path):
 def sft(model, samples, masks, *, steps, batch_size, learning_rate, weight_decay, max_grad_norm, max_tokens, seed):
     """Supervised tuning of the elements that `masks` names (see heads.trained_masks) and of nothing else.
 
+    samples: with prompt_ids and completion_ids; batch_size: samples a step; max_tokens: padded tokens of one forward pass.
     Yields (step, loss) after every step. Batches are passes over the samples, shuffled by the seed; AdamW, betas 0.9, 0.95.
     """
     import torch
@@ -406,6 +411,7 @@ def settings(args):
 
 
 def command_diagnose(args, model, tokenizer, heads, directory):
+    """--diagnose: writes conflict_map.json and .png to `directory` and prints the heads of highest C. heads: from find_heads."""
     sets = load_sets(args, tokenizer, args.seed)
     safe, util = sets["safe"][: args.examples], sets["util"]
     found = diagnose(model, safe, util, heads, **settings(args)[0])
@@ -440,6 +446,10 @@ def command_diagnose(args, model, tokenizer, heads, directory):
 
 
 def command_tune(args, model, tokenizer, heads, directory):
+    """--tune: safety-tunes `model` in place by the map in `directory`, writes tuned/ and tune.json and prints before and after.
+
+    Raises UserError when the map is missing or of another model, and RuntimeError, saving nothing, if a frozen element moved.
+    """
     from tqdm import tqdm
 
     from heads import trained_masks
@@ -478,6 +488,7 @@ def command_tune(args, model, tokenizer, heads, directory):
 
 
 def build_parser():
+    """The flags; defaults that depend on the model are filled in by parse_args."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage="cast.py --diagnose | --tune | --compare [flags]")
 
     flag = partial(add_flag, parser, {"on tiny": TINY, "on tiny with --compare": HARD, "else": REAL})
@@ -515,6 +526,7 @@ def build_parser():
 
 
 def parse_args(argv=None):
+    """Flags, with the defaults of the model filled in. Raises UserError on what can't work."""
     args = build_parser().parse_args(argv)
     if not (args.diagnose or args.tune or args.compare):
         raise UserError("say what to do: --diagnose, --tune or --compare (--help explains them)")

@@ -244,6 +244,7 @@ def load_lm_eval():
 
 
 def parse_args(argv=None):
+    """The flags, those of the run that is resumed included. Raises UserError on what can't work."""
     usage = "python eval.py [--model DIR_OR_ID] [--data NAME,NAME,...] [flags]   (--help explains them)"
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage=usage)
     parser.add_argument("--model", default="tiny", help="a directory, a run of train.py, or a hub id (default: %(default)s)")
@@ -272,6 +273,7 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
+    """One evaluation: see the top of this file. Returns {data set: results}."""
     args = parse_args(argv)
     check_output_dir(args)
     import torch

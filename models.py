@@ -152,7 +152,7 @@ def resolve_model(name):
 
 
 def from_hub_or_disk(loader, name, **options):
-    """`loader.from_pretrained`, with the many ways in which it can fail turned into one line."""
+    """`loader.from_pretrained(name, **options)`, with the many ways in which it can fail turned into one line, a UserError."""
     import logging
 
     from safetensors import SafetensorError
@@ -173,7 +173,7 @@ def from_hub_or_disk(loader, name, **options):
 
 
 def load_tokenizer(name):
-    """The tokenizer of a directory or a hub id."""
+    """The tokenizer of a directory or a hub id. Raises UserError when it cannot be had."""
     from transformers import AutoTokenizer
 
     if not os.path.isdir(name):

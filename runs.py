@@ -205,7 +205,10 @@ def rewind(directory, step):
 
 
 def save_checkpoint(directory, step, model, tokenizer, optimizer, generator, cursor):
-    """checkpoint-STEP: a transformers checkpoint plus what a bit-exact resume needs. The older ones are then deleted."""
+    """checkpoint-STEP: a transformers checkpoint plus what a bit-exact resume needs. The older ones are then deleted.
+
+    generator: the sampler's; cursor: how many problems were taken so far (see data.take).
+    """
     from safetensors.torch import save_file
 
     final = directory / f"checkpoint-{step}"
@@ -236,7 +239,7 @@ def load_trainer_state(path, optimizer, generator):
 
 
 def plot_curves(rows, path):
-    """reward, entropy, clip fraction and completion length over the steps."""
+    """Draws reward, entropy, clip fraction and completion length over the steps as a PNG. rows: of metrics.jsonl."""
     import matplotlib
 
     matplotlib.use("Agg")

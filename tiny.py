@@ -200,7 +200,7 @@ def collate(examples, tokenizer):
 
 
 def train(model, tokenizer, steps, batch_size, learning_rate, seed):
-    """Supervised warm start: AdamW, a short warm-up, then a cosine to zero. Returns the last loss."""
+    """Supervised warm start in place: AdamW, a short warm-up, then a cosine to zero. batch_size: examples. Returns the last loss."""
     import torch
     from tqdm import tqdm
 

@@ -43,6 +43,7 @@ ALGO = {
 
 
 def build_parser():
+    """The flags; defaults that depend on the model or the algorithm are filled in by parse_args."""
     usage = "python train.py --algo {tepo,grpo,dapo} [--model MODEL] [--data DATA] [flags]   (--help explains them)"
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage=usage)
 
@@ -127,7 +128,10 @@ def parse_args(argv=None):
 
 
 def with_adapters(model, rank, checkpoint):
-    """The model with LoRA adapters on every linear layer, fresh or from a checkpoint; all else is frozen."""
+    """The model with LoRA adapters on every linear layer, fresh or from a checkpoint; all else is frozen.
+
+    Raises UserError where peft is not installed.
+    """
     try:
         from peft import LoraConfig, PeftModel, get_peft_model
     except ImportError:
@@ -138,7 +142,10 @@ def with_adapters(model, rank, checkpoint):
 
 
 def objective(args, batch, logp, entropy, totals):
-    """The loss of one micro-batch under the chosen method. totals: the whole mini-batch's counts and means."""
+    """The loss of one micro-batch under the chosen method, and the dict of [B, T] tensors for the log (see grpo.grpo_loss).
+
+    batch: from `prepare` in `train`; logp, entropy: [B, T] under the policy; totals: the whole mini-batch's counts and means.
+    """
     from dapo import dapo_loss
     from grpo import grpo_loss
     from tepo import covariance_entropy_change, exact_entropy_change, tepo_loss
@@ -159,7 +166,7 @@ def objective(args, batch, logp, entropy, totals):
 
 
 def train(args):
-    """One run: see the top of this file. Returns the rows of metrics.jsonl."""
+    """One run: see the top of this file. Returns the rows of metrics.jsonl. Raises UserError for what the user can mend."""
     import torch
     from tqdm import tqdm
 

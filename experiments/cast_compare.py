@@ -98,6 +98,10 @@ def draw_frontier(results, path):
 
 
 def command_compare(args, model, tokenizer, heads, directory):
+    """--compare: writes compare.json and .png to `directory` and prints the tables and the answers. heads: from find_heads.
+
+    Raises UserError when an arm never reaches --match-nll.
+    """
     import torch
     from tqdm import tqdm
 
