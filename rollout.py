@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from data import UserError
-from models import ROWS, packed_weights
+from products import ROWS, packed_weights
 
 LOGITS_AT_ONCE = 2**23  # logits in one chunk of the LM head: 32 MB in fp32, but ROWS rows at least (156 MB for Qwen)
 SPREAD = 1.5  # in a micro-batch the longest sample has at most so many times the tokens of the shortest

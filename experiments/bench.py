@@ -200,15 +200,15 @@ def machine(args):
     """What this machine does now: FLOP/s of a large matrix product, the fastest of torch's, and bytes/s of a large copy."""
     import torch
 
-    import models
+    from products import least_seconds, onednn
 
     n, dtype = (8192, torch.bfloat16) if args.device == "cuda" else (2048, torch.float32)
     a, block = torch.randn(n, n, dtype=dtype, device=args.device), torch.zeros(2**26, device=args.device)
 
     def seconds(call):
-        return models.least_seconds(lambda: (call(), finish(args.device)))
+        return least_seconds(lambda: (call(), finish(args.device)))
 
-    products = [lambda: a @ a] + [lambda: models.onednn(a, a)] * (args.device == "cpu" and torch.backends.mkldnn.is_available())
+    products = [lambda: a @ a] + [lambda: onednn(a, a)] * (args.device == "cpu" and torch.backends.mkldnn.is_available())
     target = torch.empty_like(block)
     return 2 * n**3 / min(map(seconds, products)), 2 * block.numel() * 4 / seconds(lambda: target.copy_(block))
 
@@ -234,7 +234,7 @@ def bare_products(model, lengths):
     """Seconds of decoding's matrix products alone: the model's linear layers in a bare loop, at the rows of every decode step."""
     import torch
 
-    import models
+    from products import least_seconds, packed_weights
     from rollout import batch_size
 
     layers = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
@@ -243,8 +243,8 @@ def bare_products(model, lengths):
     @torch.no_grad()
     def one_step(rows):
         inputs = [torch.randn(rows, layer.in_features, dtype=layer.weight.dtype, device=model.device) for layer in layers]
-        with models.packed_weights(model, rows):
-            return models.least_seconds(lambda: ([layer(x) for layer, x in zip(layers, inputs)], finish(model.device)))
+        with packed_weights(model, rows):
+            return least_seconds(lambda: ([layer(x) for layer, x in zip(layers, inputs)], finish(model.device)))
 
     return sum(one_step(batch_size(sum(n > t for n in lengths))) for t in range(1, max(lengths)))
 

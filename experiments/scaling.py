@@ -25,7 +25,7 @@ def build(**changes):
     from transformers import AutoModelForCausalLM
 
     from experiments.shapes import build_config
-    from models import use_fastest_product
+    from products import use_fastest_product
 
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(build_config("20m", **changes))
