@@ -98,7 +98,7 @@ def batches(model, samples, max_tokens, description=None):
 
     packed = micro_batches([{**sample, "row": row} for row, sample in enumerate(samples)], max_tokens)
     for rows in tqdm(packed, desc=description, leave=False, disable=None if description else True):
-        yield [row["row"] for row in rows], collate(rows, 0, model.device)
+        yield [row["row"] for row in rows], collate(rows, model.device, share_prompts=False)
 
 
 def nll(model, samples, max_tokens):
@@ -126,7 +126,7 @@ def count_tokens(samples):
 def head_gradients(model, samples, heads, max_tokens, train_kv=False, description=None):
     """{(layer, head): flat gradient on theta_h of the mean response NLL of all samples}. All parameters end up trainable.
 
-    heads: from heads.find_heads; max_tokens: padded tokens of a batch; train_kv: K and V of a head's group count to theta_h;
+    heads: from heads.find_heads; max_tokens: of prompts and completions in a batch; train_kv: K and V of a head's group count to theta_h;
     description: draws a progress bar.
     """
     import torch
@@ -181,8 +181,8 @@ def gate_sensitivity(model, samples, heads, max_tokens):
     sizes = torch.zeros(len(samples), *heads["shape"])
     for rows, batch in batches(model, samples, max_tokens, "gates"):
         gates = torch.ones(len(rows), *heads["shape"], device=model.device, requires_grad=True)
-        with scaled_heads(heads, gates):
-            means = -score(model, batch, 1.0)[0].sum(dim=1) / batch["mask"].sum(dim=1)  # [B]: a row feels its own gates only
+        with scaled_heads(heads, gates[batch["row"]]):  # a row of its own for each response: its tokens feel its gates only
+            means = -score(model, batch, 1.0)[0].sum(dim=1) / batch["mask"].sum(dim=1)  # [B]
         sizes[rows] = torch.autograd.grad(means.sum(), gates)[0].abs().cpu()
     return sizes
 
@@ -317,7 +317,7 @@ def draw_map(content, skipped, path):
 def sft(model, samples, masks, *, steps, batch_size, learning_rate, weight_decay, max_grad_norm, max_tokens, seed):
     """Supervised tuning of the elements that `masks` names (see heads.trained_masks) and of nothing else.
 
-    samples: with prompt_ids and completion_ids; batch_size: samples a step; max_tokens: padded tokens of one forward pass.
+    samples: with prompt_ids and completion_ids; batch_size: samples a step; max_tokens: of prompts and completions in one forward pass.
     Yields (step, loss) after every step. Batches are passes over the samples, shuffled by the seed; AdamW, betas 0.9, 0.95.
     """
     import torch
@@ -512,7 +512,7 @@ def build_parser():
     flag("--learning-rate", None, "AdamW's, constant", float)
     flag("--weight-decay", 0.0, "AdamW's decoupled decay; frozen slices do not decay")
     flag("--max-grad-norm", 1.0, "the norm of the trained elements' gradient is clipped to this")
-    flag("--max-tokens-per-batch", None, "padded tokens in one forward pass: lower it when out of memory", int)
+    flag("--max-tokens-per-batch", None, "tokens of prompts and completions in one forward pass: lower it when out of memory", int)
     flag("--max-length", 512, "pairs of more tokens are left out")
     flag("--max-completion-length", None, "tokens of a greedy completion that is judged", int)
     # Comparison

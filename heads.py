@@ -80,7 +80,7 @@ def trained_masks(model, heads, skipped, trainable="heads", train_kv=False):
 
 @contextmanager
 def scaled_heads(heads, gates):
-    """Within it every head's output is multiplied by its gate. gates: [layers, H], or [B, layers, H] for one set a row.
+    """Within it every head's output is multiplied by its gate. gates: [layers, H], or [N, layers, H] for one set a token.
 
     0 does what zeroing the head's columns of W_O does, 1 changes no bit. The hooks are gone afterwards, whatever happens.
     """
@@ -88,8 +88,7 @@ def scaled_heads(heads, gates):
     def scale(layer):
         def hook(module, inputs):
             gate = gates[..., layer, :].to(inputs[0].dtype)
-            gate = gate.repeat_interleave(inputs[0].shape[-1] // gate.shape[-1], dim=-1)  # [H*d] or [B, H*d]
-            return (inputs[0] * (gate if gate.dim() == 1 else gate.unsqueeze(1)),)
+            return (inputs[0] * gate.repeat_interleave(inputs[0].shape[-1] // gate.shape[-1], dim=-1),)  # [1, N, H*d]
 
         return hook
 

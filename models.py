@@ -110,8 +110,6 @@ def load_model(name, device, dtype=torch.float32):
                 setattr(module, name, 0.0)
     if torch.device(device).type == "cpu":
         use_fastest_product(model)
-        if head_dim(model.config) < 16:  # torch's CPU kernel for attention is slow on narrow heads: a fifth of tiny's step
-            model.set_attn_implementation("eager")
     return model.to(device).eval()
 
 
@@ -162,7 +160,7 @@ def memory_estimate(model, device, args, longest_prompt):
     inner = getattr(config, "intermediate_size", None) or 4 * width
     layer = 30 * width + (8 if device.type == "cuda" else 16) * inner  # bytes a token, counted with saved_tensors_hooks
     kept = layers * 4 * width + layer if args.gradient_checkpointing else layers * layer
-    packed = sum(module.weight.numel() * 4 for module in model.modules() if isinstance(module, OneDNNLinear))
+    packed = sum(module.weight.numel() * 4 for module in model.modules() if isinstance(module, OneDNNLinear) and module.few)
     cache += max(0, packed - 4 * trained)  # `packed_weights`, less the gradients, which are not there at that time
     parts = {"weights": weights, "optimizer": optimizer, "cache": cache, "activations": kept * args.max_tokens_per_batch}
     return {name: size / 1e9 for name, size in parts.items()}

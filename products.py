@@ -1,8 +1,9 @@
 """Fast matrix products on a CPU. The methods do not need this file: it makes linear layers faster, and nothing else.
 
-On a CPU torch multiplies fp32 matrices by MKL. On AMD processors MKL leaves out their AVX-512 units, and oneDNN, which torch
-carries too, is twice as fast (2 cores of an EPYC: 460 against 200 GFLOP/s), in the same precision. `use_fastest_product` measures
-both and takes oneDNN where it is clearly ahead: sampling, scoring and updating a Llama of 25M parameters then take 0.67 of the time.
+On a CPU torch multiplies fp32 matrices by MKL. oneDNN, which torch carries too, is twice as fast in the same precision on AMD
+processors with AVX-512, whose units MKL leaves out (2 cores of an EPYC: 460 against 200 GFLOP/s); and everywhere a product of few
+rows, as in decoding, is faster where the weight was packed beforehand (a Llama of 25M parameters decodes in 0.62 of the time on an EPYC
+without AVX-512). `use_fastest_product` measures both and takes oneDNN where it is clearly ahead.
 """
 
 import time
@@ -58,14 +59,16 @@ class Product(torch.autograd.Function):
 
 
 class OneDNNLinear(torch.nn.Linear):
-    """torch.nn.Linear, multiplied by oneDNN from ROWS rows on; by fewer rows while its weight is packed."""
+    """torch.nn.Linear, multiplied by oneDNN: from half of ROWS rows on where `many`, by fewer while its weight is packed."""
 
+    many = few = False  # whether oneDNN is faster for many rows, for few
     packed = None  # the weight in oneDNN's own layout, while `packed_weights` holds
 
     def forward(self, x):
-        if x.shape[:-1].numel() >= ROWS // 2:
+        rows = x.shape[:-1].numel()
+        if self.many and rows >= ROWS // 2:
             return Product.apply(x, self.weight, self.bias)
-        return super().forward(x) if self.packed is None else onednn(x, self.packed, self.bias)
+        return super().forward(x) if self.packed is None or rows >= ROWS // 2 else onednn(x, self.packed, self.bias)
 
 
 def least_seconds(call, laps=7):
@@ -79,30 +82,37 @@ def least_seconds(call, laps=7):
 
 
 def onednn_is_faster():
-    """Measures one product both ways: clearly faster is a quarter less time, so that a busy moment does not decide."""
+    """Measures two products both ways: whether oneDNN is faster for many rows and, with a packed weight, for few.
+
+    Clearly faster is a quarter less time, so that a busy moment does not decide.
+    """
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        return False
-    a = torch.randn(512, 512)
-    return least_seconds(lambda: onednn(a, a)) < 0.75 * least_seconds(lambda: torch.nn.functional.linear(a, a))
+        return False, False
+    many, few, weight = torch.randn(512, 512), torch.randn(32, 512), torch.randn(2048, 512)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, len(few))
+    return (
+        least_seconds(lambda: onednn(many, many)) < 0.75 * least_seconds(lambda: F.linear(many, many)),
+        least_seconds(lambda: onednn(few, packed)) < 0.75 * least_seconds(lambda: F.linear(few, weight)),
+    )
 
 
 def use_fastest_product(model):
-    """Makes the model's fp32 linear layers OneDNNLinear where that is clearly faster here; returns whether it is."""
-    if not onednn_is_faster():
-        return False
-    for module in model.modules():
+    """Makes the model's fp32 linear layers OneDNNLinear where that is clearly faster here; returns whether it is anywhere."""
+    many, few = onednn_is_faster()
+    for module in model.modules() if many or few else ():
         if type(module) is torch.nn.Linear and module.weight.dtype == torch.float32 and module.weight.numel() > WORTHWHILE:
             module.__class__ = OneDNNLinear
-    return True
+            module.many, module.few = many, few
+    return many or few
 
 
 @contextmanager
 def packed_weights(model, rows):
-    """Within it every OneDNNLinear also holds its weight packed for products of about so many rows, which MKL did in 1.8 times the time.
+    """Within it every OneDNNLinear that gains by it also holds its weight packed for products of about so many rows.
 
     For as long as no weight changes. The copy takes the room of the gradients, which are not there while sampling.
     """
-    layers = [module for module in model.modules() if isinstance(module, OneDNNLinear)]
+    layers = [module for module in model.modules() if isinstance(module, OneDNNLinear) and module.few]
     try:
         for layer in layers:
             layer.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), rows)

@@ -1,13 +1,14 @@
 """Rollout: sample completions from a model, and score them. Knows models, not rewards.
 
-`sample` draws G completions for each prompt: the prompt is prefilled once and its key/value cache is shared out to the G
+`sample` draws G completions for each prompt: the prompt is prefilled once and its keys and values are shared out to the G
 samples, rows leave the batch when they have ended, and a token is drawn from plain softmax(logits / temperature). Nothing of the
 model's generation_config takes part: its top_k, top_p or repetition penalty would make the sampler another distribution
 than the one that the policy gradient differentiates.
 
 `score` gives the log-prob of every sampled token and the entropy of the distribution it came from, with gradient. Both
-are taken at the sampler's temperature, so that before any update the sampler's log-probs and the scorer's agree. The LM
-head runs only where a completion token is predicted, and in chunks, so that no [B, T, V] tensor ever exists.
+are taken at the sampler's temperature, so that before any update the sampler's log-probs and the scorer's agree. A prompt
+is computed once for its G completions, and nothing for padding (see attention.py). The LM head runs only where a completion
+token is predicted, and in chunks, so that no [B, T, V] tensor ever exists.
 
 A sample is a dict: prompt_ids and completion_ids (lists of token ids; the completion ends with its stop token, unless
 it is truncated), logp (the sampler's, a list), truncated (bool).
@@ -18,13 +19,14 @@ from contextlib import nullcontext
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-from data import UserError
+import attention
 from products import ROWS, packed_weights
 
 LOGITS_AT_ONCE = 2**23  # logits in one chunk of the LM head: 32 MB in fp32, but ROWS rows at least (156 MB for Qwen)
-SPREAD = 1.5  # in a micro-batch the longest sample has at most so many times the tokens of the shortest
+SPREAD = 1.5  # in one call of attention the longest row has at most so many times the tokens of the shortest
 
 
 def draw(logits, uniform, temperature):
@@ -49,98 +51,64 @@ def draw(logits, uniform, temperature):
 def batch_size(going):
     """How many rows to keep for `going` unfinished ones: a few more, so that not every step has another shape.
 
-    The cache is copied less often, and the kernels that oneDNN compiles for a shape are few.
+    The kernels that oneDNN compiles for a shape are then few.
     """
     step = max(8, 2 ** (going.bit_length() - 3))  # an eighth to a quarter
     return -(-going // step) * step
 
 
-def growing_cache(model):
-    """Decoding over a cache that grows by a token a step, as transformers does it. Returns the dict that `sample` asks for:
+def decode_step(model, cache, token, position, length):
+    """The logits [B, V] after one more token a row. token, position: [B]; length: columns of the cache to look at."""
+    over = attention.cached(cache, position, length)
+    return model(input_ids=token.unsqueeze(1), position_ids=position.unsqueeze(1), use_cache=False, over=over).logits[:, -1]
 
-    move(cache, rows) gives a cache of those rows; step(token, mask, position, cache) the logits after one more token;
-    size(going, rows) how many rows to keep for `going` unfinished ones of `rows`; during(rows) holds while decoding;
-    length is that of the attention mask, or None when it may be as long as it has to.
+
+def compiled(rows, length):
+    """What `sample` needs to decode by torch.compile: on a GPU one CUDA graph a token in place of some thousand kernel launches.
+
+    rows: of the largest batch; length: tokens of prompt and completion together, at most. A graph finds its tensors at the same
+    addresses every time, so the cache is made once and always looked at whole. Each number of rows is compiled once, for a
+    minute or so, so there are four. Not measured on a GPU; a CPU only loses by it.
     """
-
-    def move(cache, rows):
-        cache.batch_select_indices(rows)
-        return cache
-
-    def step(token, mask, position, cache):
-        mask = mask[:, : cache.get_seq_length() + 1]
-        return model(input_ids=token, attention_mask=mask, position_ids=position, past_key_values=cache).logits
-
-    size, during = lambda going, rows: batch_size(going), lambda rows: packed_weights(model, rows)  # noqa: E731
-    return {"move": move, "step": step, "size": size, "during": during, "length": None}
-
-
-def static_cache(model, length):
-    """Decoding compiled over caches of a fixed size: on a GPU one CUDA graph a token in place of some thousand kernel launches.
-
-    length: tokens of prompt and completion together, at most. Returns a dict like `growing_cache`; its `move` copies the rows into
-    the one cache that is kept for as many rows (a graph finds its tensors at the same addresses every time). Each number of rows
-    is compiled once, for a minute or so, so there are four. Not measured on a GPU; a CPU only loses by it. Raises UserError
-    for a model with a sliding window.
-    """
-    from transformers import StaticCache
-
-    caches = {}
-    if any(layer.is_sliding for layer in StaticCache(config=model.config, max_cache_len=length).layers):
-        raise UserError(f"--compile: {model.config.model_type} attends to a sliding window, which this does not know; leave it out")
-
-    def move(cache, rows):
-        fixed = caches.setdefault(len(rows), StaticCache(config=model.config, max_cache_len=length))
-        for new, old in zip(fixed.layers, cache.layers):
-            if not new.is_initialized:
-                new.lazy_initialization(old.keys[rows], old.values[rows])
-            filled = old.keys.shape[2]
-            new.keys[:, :, :filled], new.values[:, :, :filled] = old.keys[rows], old.values[rows]
-            new.cumulative_length.fill_(old.get_seq_length())
-        return fixed
-
-    def step(token, mask, position, cache):
-        return model(input_ids=token, attention_mask=mask, position_ids=position, past_key_values=cache).logits
-
-    def size(going, rows):
-        return next(size for size in (rows // 8, rows // 4, rows // 2, rows) if size >= going)
-
-    step = torch.compile(step, mode="reduce-overhead", fullgraph=True, dynamic=False)
-    return {"move": move, "step": step, "size": size, "during": nullcontext, "length": length}
+    step = torch.compile(decode_step, mode="reduce-overhead", fullgraph=True, dynamic=False)
+    return {"cache": {}, "rows": rows, "length": length, "step": step}
 
 
 @torch.no_grad()
-def sample(model, prompts, num_generations, *, max_completion_length, temperature, stop_ids, generator, decoding=None):
+def sample(model, prompts, num_generations, *, max_completion_length, temperature, stop_ids, generator, graphs=None):
     """Samples `num_generations` completions for each prompt, all at once: the caller bounds the number of rows.
 
     prompts: list of lists of token ids; max_completion_length in tokens, the stop token included; stop_ids: the tokens
     that end a completion; generator: a CPU torch.Generator, the only source of randomness (the same on every device);
-    decoding: `growing_cache` (the default) or `static_cache` of the same model.
-    Returns a list of samples (see above), those of one prompt next to each other.
+    graphs: from `compiled`, or None. Returns a list of samples (see above), those of one prompt next to each other.
     """
-    decoding = decoding or growing_cache(model)
-    model.eval()  # in train mode gradient checkpointing turns the cache off, and decoding becomes quadratic
+    model = base(model).eval()
     device, G, T = model.device, num_generations, max_completion_length
     B, L = len(prompts) * G, max(map(len, prompts))
     uniforms = torch.rand(B, T, generator=generator).T.to(device)  # a row's own numbers, whatever shares its batch
     stop = torch.tensor(stop_ids, device=device)
+    whole = graphs or {"cache": {}, "rows": B, "length": L + T, "step": decode_step}
+    cache = whole["cache"]
 
-    # Prefill each prompt once, left-padded so that all end at the same place; then share the cache out to its G samples.
-    ids = torch.tensor([[0] * (L - len(prompt)) + prompt for prompt in prompts], device=device)  # [B/G, L]
-    mask = torch.tensor([[0] * (L - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-    out = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
-    cache = decoding["move"](out.past_key_values, torch.arange(B, device=device) // G)
-    logits, mask = out.logits[:, -1].repeat_interleave(G, dim=0), mask.repeat_interleave(G, dim=0)
-    mask = F.pad(mask, (0, (decoding["length"] or L + T) - L), value=1)  # of tokens to come: causal attention does not see them yet
-    position = positions[:, -1:].repeat_interleave(G, dim=0)  # [B, 1]
+    # Prefill each prompt once; its keys and values go to its G rows of the cache.
+    ids = torch.tensor([[token for prompt in prompts for token in prompt]], device=device)  # [1, N]
+    ends = torch.tensor([len(prompt) for prompt in prompts], device=device)  # [B/G]
+    parts = torch.arange(ids.shape[1], device=device).split(ends.tolist())
+    positions, last = torch.cat([part - part[0] for part in parts]), ends.cumsum(dim=0) - 1
+    over = attention.prefilled(pad_sequence(parts, batch_first=True), cache, whole["rows"], whole["length"], G)
+    out = model(input_ids=ids, position_ids=positions.unsqueeze(0), use_cache=False, logits_to_keep=last, over=over)
+    logits, position = out.logits[0].repeat_interleave(G, dim=0), ends.repeat_interleave(G)  # [B, V], [B] of the token to come
+    if graphs:
+        for tensors in cache.values():
+            for x in tensors:
+                torch._dynamo.mark_static_address(x)
 
     tokens = torch.zeros(B, T, dtype=torch.long, device=device)
     logps = torch.zeros(B, T, device=device)
     lengths = torch.full((B,), T, device=device)
     truncated = torch.ones(B, dtype=torch.bool, device=device)  # until the row ends by a stop token
     rows = torch.arange(B, device=device)  # those in the batch
-    with decoding["during"](B):
+    with nullcontext() if graphs else packed_weights(model, B):
         for t in range(T):
             token, logp = draw(logits, uniforms[t, rows], temperature)
             tokens[rows, t], logps[rows, t] = token, logp  # of a row that has ended, beyond its length: never looked at
@@ -149,13 +117,13 @@ def sample(model, prompts, num_generations, *, max_completion_length, temperatur
             going = truncated[rows].sum().item()
             if going == 0 or t == T - 1:
                 break
-            size = decoding["size"](going, B)
+            size = next(size for size in (B // 8, B // 4, B // 2, B) if size >= going) if graphs else batch_size(going)
             if size < len(rows):
                 kept = truncated[rows].argsort(descending=True, stable=True)[:size]  # the unfinished, and some more to fill up
-                cache = decoding["move"](cache, kept)
-                rows, token, mask, position = rows[kept], token[kept], mask[kept], position[kept]
+                order = attention.keep_rows(cache, kept, len(rows))
+                rows, token, position = rows[order], token[order], position[order]
+            logits = whole["step"](model, cache, token, position, whole["length"] if graphs else L + t + 1)
             position = position + 1
-            logits = decoding["step"](token.unsqueeze(1), mask, position, cache)[:, -1]
 
     return [
         {"prompt_ids": prompts[row // G], "completion_ids": row_tokens[:n], "logp": row_logps[:n], "truncated": cut}
@@ -165,67 +133,82 @@ def sample(model, prompts, num_generations, *, max_completion_length, temperatur
     ]
 
 
-def collate(samples, pad_id, device):
-    """Samples as tensors for `score` and the losses; what stands in the padding never matters.
+def collate(samples, device, share_prompts=True):
+    """Samples as tensors for `score` and the losses: their tokens end to end, a prompt once for the neighbours that share it.
 
-    Returns a dict: input_ids [B, L] (prompt, completion, then padding), predicts bool [B, L] (True where the next token
-    is a completion token), completion_ids [B, T] and mask bool [B, T]. The mask comes from the completions' lengths,
-    never from comparing ids with the padding token, which is the end-of-text token of many models.
+    The last token of a completion predicts nothing and is left out. Returns a dict: input_ids and position_ids [1, N]; row [N], the
+    sample that a token was laid down for; rows, a list of [R, L], and back [N], see attention.packed; predicts [n], where the completion
+    tokens are predicted, and targets [n], which they are, sample by sample; mask bool [B, T]. The mask comes from the completions' lengths, never from comparing ids with the padding token, which ends the text of many models.
     """
-    B, T = len(samples), max(len(s["completion_ids"]) for s in samples)
-    L = max(len(s["prompt_ids"]) + len(s["completion_ids"]) for s in samples)
-    input_ids, completion_ids = torch.full((B, L), pad_id), torch.full((B, T), pad_id)
-    predicts, mask = torch.zeros(B, L, dtype=torch.bool), torch.zeros(B, T, dtype=torch.bool)
-    for row, s in enumerate(samples):
-        prompt, completion = s["prompt_ids"], s["completion_ids"]
-        p, n = len(prompt), len(completion)
-        input_ids[row, : p + n] = torch.tensor(prompt + completion)
-        completion_ids[row, :n] = torch.tensor(completion)
-        predicts[row, p - 1 : p + n - 1] = True
-        mask[row, :n] = True
-    batch = {"input_ids": input_ids, "predicts": predicts, "completion_ids": completion_ids, "mask": mask}
-    return {name: tensor.to(device) for name, tensor in batch.items()}
+    ids, positions, owners, rows, predicts, targets, prompt = [], [], [], [], [], [], None
+    for number, s in enumerate(samples):
+        if not share_prompts or s["prompt_ids"] != prompt:
+            prompt, first = s["prompt_ids"], len(ids)
+            ids += prompt
+            positions += range(len(prompt))
+        rows.append([*range(first, first + len(prompt)), *range(len(ids), len(ids) + len(s["completion_ids"]) - 1)])
+        ids += s["completion_ids"][:-1]
+        positions += range(len(prompt), len(rows[-1]))
+        owners += [number] * (len(ids) - len(owners))
+        predicts += rows[-1][len(prompt) - 1 :]
+        targets += s["completion_ids"]
+
+    parts, back, places = [], [0] * len(ids), 0
+    for row in sorted(rows, key=len):
+        if not parts or len(row) > SPREAD * len(parts[-1][0]):
+            parts.append([])
+        parts[-1].append(row)
+    for part in parts:
+        for row in part:
+            for place, token in enumerate(row, start=places):  # a prompt's token is in several rows; any will do
+                back[token] = place
+            places += len(part[-1])  # the longest
+
+    lengths = torch.tensor([[len(s["completion_ids"])] for s in samples])
+    batch = {"input_ids": [ids], "position_ids": [positions], "row": owners, "predicts": predicts, "targets": targets, "back": back}
+    batch = {name: torch.tensor(value, device=device) for name, value in batch.items()}
+    batch["rows"] = [pad_sequence([torch.tensor(row) for row in part], batch_first=True).to(device) for part in parts]
+    return batch | {"mask": (torch.arange(lengths.max()) < lengths).to(device)}
 
 
 def micro_batches(samples, max_tokens):
-    """Packs samples, sorted by length, into lists of at most `max_tokens` padded tokens (one sample at least).
-
-    A list also ends where the next sample is SPREAD times as long as its first, so that little of a batch is padding: the
-    embedded model writes short or long completions and seldom others, and its updates take about a fifth less time.
-    """
-    length = lambda s: len(s["prompt_ids"]) + len(s["completion_ids"])  # noqa: E731
-    packed = []
-    for sample in sorted(samples, key=length):  # the newest is the longest
-        if not packed or (len(packed[-1]) + 1) * length(sample) > max_tokens or length(sample) > SPREAD * length(packed[-1][0]):
-            packed.append([])
-        packed[-1].append(sample)
-    return packed
+    """Cuts samples into lists of neighbours with at most `max_tokens` tokens in their rows (one sample at least)."""
+    parts, tokens = [], 0
+    for sample in samples:
+        length = len(sample["prompt_ids"]) + len(sample["completion_ids"])
+        if not parts or tokens + length > max_tokens:
+            parts.append([])
+            tokens = 0
+        parts[-1].append(sample)
+        tokens += length
+    return parts
 
 
 class LogProb(torch.autograd.Function):
     """Log-probs [N] of the targets [N], and entropies [N] in nats without gradient, from logits [N, V].
 
     d logp / d logits = onehot(target) - softmax(logits). Written out, so that hardly more than two [N, V] tensors are alive at a
-    time: scoring 3,840 tokens of a vocabulary of 32,000 takes 0.2-0.5 GB in place of autograd's 0.8-1.0 (experiments/scaling.py).
+    time and each is passed over few times: scoring 3,840 tokens of a vocabulary of 32,000 takes 0.2-0.5 GB in place of autograd's
+    0.8-1.0 (experiments/scaling.py).
     """
 
     @staticmethod
     def forward(ctx, logits, targets):
-        top = logits.amax(dim=-1, keepdim=True)  # [N, 1]
-        probs = (logits - top).exp_()
-        normaliser = top + probs.sum(dim=-1, keepdim=True).log()
-        torch.sub(logits, normaliser, out=probs).exp_()
-        entropy = normaliser.squeeze(1) - probs.mul_(logits).sum(dim=-1)
-        ctx.save_for_backward(logits, targets, normaliser)
+        top, targets = logits.amax(dim=-1, keepdim=True), targets.unsqueeze(1)  # [N, 1]
+        weights = (logits - top).exp_()  # softmax(logits) * total
+        total = weights.sum(dim=-1, keepdim=True)
+        normaliser = top + total.log()
+        entropy = (normaliser - (weights.unsqueeze(1) @ logits.unsqueeze(2)).squeeze(2) / total).squeeze(1)
+        ctx.save_for_backward(weights, targets, total)
         ctx.mark_non_differentiable(entropy)
-        return (logits.gather(1, targets.unsqueeze(1)) - normaliser).squeeze(1), entropy
+        return (logits.gather(1, targets) - normaliser).squeeze(1), entropy
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, _):
-        logits, targets, normaliser = ctx.saved_tensors
+        weights, targets, total = ctx.saved_tensors
         grad = grad.unsqueeze(1)  # [N, 1]
-        return (logits - normaliser).exp_().mul_(-grad).scatter_add_(1, targets.unsqueeze(1), grad), None
+        return (weights * (-grad / total)).scatter_add_(1, targets, grad), None
 
 
 def token_statistics(hidden, targets, head, softcap, temperature):
@@ -236,16 +219,24 @@ def token_statistics(hidden, targets, head, softcap, temperature):
     return LogProb.apply(logits if temperature == 1 else logits / temperature, targets)
 
 
+def base(model):
+    """The causal language model itself, with `attention` in its layers; peft wraps it. Raises UserError as attention.prepare does."""
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    attention.prepare(model)
+    return model
+
+
 def score(model, batch, temperature):
     """Log-probs (with gradient where it is enabled) and entropies of the completion tokens, both [B, T], 0 in the padding.
 
-    batch: from `collate`. Rows are right-padded and attention is causal, so no real token sees the padding and no
-    attention mask is needed. Every chunk but a single one is recomputed in the backward pass instead of being kept.
+    batch: from `collate`. Every chunk of the LM head but a single one is recomputed in the backward pass instead of being kept.
+    Raises UserError for a model whose attention is not known.
     """
-    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft wraps the model
-    head, softcap = causal_lm.get_output_embeddings(), getattr(causal_lm.config, "final_logit_softcapping", None)
-    hidden = causal_lm.base_model(input_ids=batch["input_ids"], use_cache=False).last_hidden_state  # [B, L, D]
-    hidden, targets = hidden[batch["predicts"]], batch["completion_ids"][batch["mask"]]  # [N, D], [N]
+    model = base(model)
+    head, softcap = model.get_output_embeddings(), getattr(model.config, "final_logit_softcapping", None)
+    over = attention.packed(batch["rows"], batch["back"])
+    out = model.base_model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False, over=over)
+    hidden, targets = F.embedding(batch["predicts"], out.last_hidden_state[0]), batch["targets"]  # [n, D], [n]
 
     chunk = ROWS * max(1, LOGITS_AT_ONCE // (ROWS * head.weight.shape[0]))
     parts = []

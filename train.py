@@ -81,7 +81,7 @@ def build_parser():
     flag("--max-grad-norm", 1.0, "gradient norm is clipped to this")
     flag("--steps-per-generation", 4, "mini-batches that a rollout is cut into, an update each")
     flag("--num-iterations", None, "epochs over a rollout", int)
-    flag("--max-tokens-per-batch", 16384, "padded tokens in one forward pass: lower it when out of memory")
+    flag("--max-tokens-per-batch", 16384, "tokens of prompts and completions in one forward pass: lower it when out of memory")
     flag("--gradient-checkpointing", None, "recompute activations in the backward pass", bool)
     flag("--lora-rank", 0, "train low-rank adapters of this rank in place of all weights (pip install peft); 0: all weights")
     # House-keeping
@@ -176,7 +176,7 @@ def train(args):
         check_positions, fastest_thread_count, has_adapters, load_model, load_tokenizer, memory_estimate, pick_device, resolve_model,
         sampling_copy, stop_token_ids,
     )  # fmt: skip
-    from rollout import collate, micro_batches, sample, score, static_cache
+    from rollout import collate, compiled, micro_batches, sample, score
 
     check_output_dir(args)
     device, name = pick_device(args.device), resolve_model(args.model)
@@ -194,10 +194,11 @@ def train(args):
     reference = load_model(name, device, base_dtype).requires_grad_(False) if args.algo == "grpo" and args.beta else None
     longest = max(len(problem["prompt_ids"]) for problem in problems)
     check_positions(model, longest + args.max_completion_length)
-    decoding, sampler = None, model
+    graphs, sampler = None, model
     if args.compile:
         sampler = sampling_copy(model, torch.bfloat16 if device.type == "cuda" else base_dtype)
-        decoding = static_cache(sampler, longest + args.max_completion_length)
+        at_once = min(args.num_prompts, args.rollout_batch_size // args.num_generations)
+        graphs = compiled(at_once * args.num_generations, longest + args.max_completion_length)
     directory = open_output_dir(args, f"{args.algo}-{Path(args.model).name}")
     if device.type == "cpu":
         args.threads = args.threads or fastest_thread_count(model)
@@ -214,7 +215,7 @@ def train(args):
     step, cursor = load_trainer_state(resumed, optimizer, generator) if resumed else (0, 0)
     rows = rewind(directory, step)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
-    stop_ids, pad_id = stop_token_ids(model, tokenizer), tokenizer.pad_token_id or 0
+    stop_ids = stop_token_ids(model, tokenizer)
 
     print(f"{args.algo} on {name}: {sum(p.numel() for p in parameters):,} trained parameters on {device}"
           + (f" with {args.threads} thread(s)" if device.type == "cpu" else "") + "; expected memory: "
@@ -230,16 +231,16 @@ def train(args):
         chosen = data.take(problems, cursor, count, args.seed)
         cursor += count
         samples, at_once = [], max(1, args.rollout_batch_size // args.num_generations)
-        if decoding:
+        if graphs:
             with torch.no_grad():
                 for own, trained in zip(sampler.parameters(), model.parameters()):
                     own.copy_(trained)
         for start in range(0, count, at_once):
-            with nullcontext() if decoding else autocast:
+            with nullcontext() if graphs else autocast:
                 samples += sample(
                     sampler, [problem["prompt_ids"] for problem in chosen[start : start + at_once]], args.num_generations,
                     max_completion_length=args.max_completion_length, temperature=args.temperature, stop_ids=stop_ids,
-                    generator=generator, decoding=decoding,
+                    generator=generator, graphs=graphs,
                 )  # fmt: skip
         for i, s in enumerate(samples):
             s["problem"] = chosen[i // args.num_generations]
@@ -258,15 +259,15 @@ def train(args):
         """A mini-batch as micro-batches with old log-probs and entropies, and the counts they share."""
         batches = []
         for packed in micro_batches(samples, args.max_tokens_per_batch):
-            batch = collate(packed, pad_id, device)
+            batch = collate(packed, device)
             batch["advantages"] = torch.tensor([s["advantage"] for s in packed], device=device)
             with torch.no_grad(), autocast:
                 # The very batch that the update will use, so that the first ratio is exactly 1 in any precision.
                 batch["old_logp"], batch["old_entropy"] = score(model, batch, args.temperature)
                 if reference is not None:
                     batch["ref_logp"], _ = score(reference, batch, args.temperature)
-            sampled = batch["old_logp"].masked_scatter(batch["mask"], torch.tensor([x for s in packed for x in s["logp"]], device=device))
-            batch["sampling_gap"] = (sampled - batch["old_logp"])[batch["mask"]].abs()
+            sampled = torch.tensor([x for s in packed for x in s["logp"]], device=device)
+            batch["sampling_gap"] = (sampled - batch["old_logp"][batch["mask"]]).abs()
             truncated = torch.tensor([s["truncated"] for s in packed], device=device)
             batch["loss_mask"] = overlong_filter(batch["mask"], truncated) if args.overlong == "filter" else batch["mask"]
             batches.append(batch)

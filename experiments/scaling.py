@@ -52,7 +52,7 @@ def learn(model, samples, max_tokens=2048):
     from rollout import collate, micro_batches, score
 
     for packed in micro_batches(samples, max_tokens):
-        batch = collate(packed, 0, "cpu")
+        batch = collate(packed, "cpu")
         with torch.no_grad():
             old_logp, _ = score(model, batch, 1.0)
         logp, _ = score(model, batch, 1.0)

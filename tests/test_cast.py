@@ -146,7 +146,7 @@ def test_hooks_leave_no_trace_and_gates_of_one_change_no_bit(family):
     heads, base = heads_module.find_heads(model), logits(model)
     with heads_module.scaled_heads(heads, torch.ones(heads["shape"])):
         assert torch.equal(logits(model), base)
-    with heads_module.scaled_heads(heads, torch.rand(3, *heads["shape"])):  # a set of gates for each of the three rows
+    with heads_module.scaled_heads(heads, torch.rand(3, 1, *heads["shape"])):  # a set of gates for each of the three rows
         assert not torch.equal(logits(model), base)
     with pytest.raises(ZeroDivisionError), heads_module.scaled_heads(heads, torch.zeros(heads["shape"])):
         raise ZeroDivisionError
@@ -316,7 +316,7 @@ def test_skipping_nothing_is_dense_training_of_q_and_o_bit_for_bit():
         tokens = sum(len(s["completion_ids"]) for s in chosen)
         optimizer.zero_grad()
         for packed in micro_batches(chosen, SETTINGS["max_tokens"]):
-            (-score(reference, collate(packed, 0, torch.device("cpu")), 1.0)[0].sum() / tokens).backward()
+            (-score(reference, collate(packed, "cpu"), 1.0)[0].sum() / tokens).backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), reference.parameters()))
@@ -392,10 +392,11 @@ def test_the_first_order_identity():
 
     def utility_loss():
         total = 0.0
-        for _, batch in cast.batches(exact, util, 16384):
+        for s in util:
             with torch.no_grad():
-                logp = torch.log_softmax(exact(input_ids=batch["input_ids"]).logits[batch["predicts"]], dim=-1)
-            total -= logp.gather(1, batch["completion_ids"][batch["mask"]][:, None]).sum().item()
+                logits = exact(input_ids=torch.tensor([s["prompt_ids"] + s["completion_ids"]])).logits[0]
+            logp = torch.log_softmax(logits[len(s["prompt_ids"]) - 1 : -1], dim=-1)
+            total -= logp.gather(1, torch.tensor(s["completion_ids"])[:, None]).sum().item()
         return total / cast.count_tokens(util)
 
     everything, eta = list(heads["own"]), 0.03

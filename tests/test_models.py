@@ -14,7 +14,7 @@ def test_loaded_models_have_no_dropout_in_train_mode_and_checkpointing_changes_n
     saved = build_model(family)
     saved.save_pretrained(tmp_path)
     model = load_model(str(tmp_path), "cpu")
-    batch = collate(sample_with(model), 0, "cpu")
+    batch = collate(sample_with(model), "cpu")
     model.train()
     first, second = score(model, batch, 1.0)[0], score(model, batch, 1.0)[0]
     assert torch.equal(first, second)

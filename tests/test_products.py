@@ -22,7 +22,7 @@ def small_blocks(monkeypatch):
     """Blocks of four rows and no layer too small, so that models of a test's size go through all of it."""
     monkeypatch.setattr(products, "ROWS", 4)
     monkeypatch.setattr(products, "WORTHWHILE", 0)
-    monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: (True, True))
 
 
 def close(a, b):
@@ -85,7 +85,7 @@ def test_a_model_samples_scores_and_learns_the_same_with_either_product(family, 
     assert use_fastest_product(fast) and any(isinstance(module, OneDNNLinear) for module in fast.modules())
     samples = sample_with(plain)
     assert [s["completion_ids"] for s in sample_with(fast)] == [s["completion_ids"] for s in samples]
-    batch, call, shapes = collate(samples, 0, "cpu"), products.onednn, set()
+    batch, call, shapes = collate(samples, "cpu"), products.onednn, set()
     monkeypatch.setattr(products, "onednn", lambda x, *rest: (shapes.add(tuple(x.shape)), call(x, *rest))[1])
     for a, b in zip(score(plain, batch, 0.9), score(fast, batch, 0.9)):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
@@ -136,12 +136,12 @@ def test_sampling_after_an_update_samples_from_the_updated_weights(small_blocks,
 
 
 def test_layers_that_gain_nothing_are_left_alone(monkeypatch):
-    monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: (True, True))
     wide = 2 * int(products.WORTHWHILE**0.5)
     half = torch.nn.Linear(wide, wide).to(torch.bfloat16)
     model = torch.nn.Sequential(torch.nn.Linear(8, 8), half, torch.nn.Linear(wide, wide))
     use_fastest_product(model)
     assert [type(module) for module in model] == [torch.nn.Linear, torch.nn.Linear, OneDNNLinear]
-    monkeypatch.setattr(products, "onednn_is_faster", lambda: False)
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: (False, False))
     model = torch.nn.Sequential(torch.nn.Linear(wide, wide))
     assert not use_fastest_product(model) and type(model[0]) is torch.nn.Linear

@@ -1,4 +1,4 @@
-"""The sampler and the scorer: same distribution, exact masks, no effect of padding, batching, caching or chunking."""
+"""The sampler and the scorer: same distribution, exact masks, no effect of packing, batching, caching or chunking."""
 
 import pytest
 import torch
@@ -6,7 +6,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rollout
-from data import UserError
 from rollout import batch_size, collate, draw, micro_batches, sample, score
 from tests.conftest import VOCAB, build_model
 
@@ -23,16 +22,20 @@ def sample_with(model, seed=0, prompts=PROMPTS, G=3, T=10, temperature=1.0, stop
 
 
 def plain_logits(model, ids):
-    """[len, V] logits of one unpadded row, through the model's own forward: no cache, no mask, no chunks."""
+    """[len, V] logits of one row alone, through the model's own forward and its own attention: no cache, no packing, no chunks."""
+    ours = model.config._attn_implementation
+    model.set_attn_implementation("eager")
     with torch.no_grad():
-        return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float()
+        logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float()
+    model.set_attn_implementation(ours)
+    return logits
 
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
 def test_sampler_and_scorer_agree_before_any_update(models, family, temperature):
     samples = sample_with(models(family), temperature=temperature)
-    batch = collate(samples, pad_id=0, device="cpu")
+    batch = collate(samples, device="cpu")
     logp, entropy = score(models(family), batch, temperature)
     for row, s in enumerate(samples):
         n = len(s["completion_ids"])
@@ -40,10 +43,10 @@ def test_sampler_and_scorer_agree_before_any_update(models, family, temperature)
     assert not logp[~batch["mask"]].any() and not entropy[~batch["mask"]].any() and not entropy.requires_grad
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_scores_equal_the_full_softmax_of_each_row_alone(models, family):
     samples = sample_with(models(family), seed=1)
-    batch = collate(samples, pad_id=0, device="cpu")
+    batch = collate(samples, device="cpu")
     logp, entropy = score(models(family), batch, temperature=0.7)
     for row, s in enumerate(samples):
         ids, p, n = s["prompt_ids"] + s["completion_ids"], len(s["prompt_ids"]), len(s["completion_ids"])
@@ -55,7 +58,7 @@ def test_scores_equal_the_full_softmax_of_each_row_alone(models, family):
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_batched_sampling_equals_each_row_alone_without_a_cache(models, family):
-    """Prefill sharing, the cache, left padding and the dropping of finished rows change nothing of what a row draws."""
+    """Packed prompts, the cache and the dropping of finished rows change nothing of what a row draws."""
     model, T, G, temperature, stops = models(family), 10, 3, 0.8, range(6)
     samples = sample_with(model, T=T, G=G, temperature=temperature, stop_ids=stops)
     uniforms = torch.rand(len(PROMPTS) * G, T, generator=torch.Generator().manual_seed(0)).T
@@ -88,7 +91,7 @@ def test_a_prompt_is_prefilled_once_whatever_the_group(models, monkeypatch):
     G = 15
     samples = sample_with(model, G=G, stop_ids=range(12))
     handle.remove()
-    assert shapes[0] == (len(PROMPTS), max(map(len, PROMPTS)))  # one row a prompt, not one a sample
+    assert shapes[0] == (1, sum(map(len, PROMPTS)))  # each prompt once, without padding
     assert all(width == 1 for _, width in shapes[1:])
     going = [sum(len(s["completion_ids"]) > t for s in samples) for t in range(1, len(shapes))]
     assert [rows for rows, _ in shapes[1:]] == [min(G * len(PROMPTS), batch_size(n)) for n in going]  # rows leave when they have ended
@@ -156,7 +159,7 @@ def test_log_probs_entropies_and_gradients_are_those_of_log_softmax(rows, vocabu
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_chunks_of_the_lm_head_change_neither_scores_nor_gradients(models, family, monkeypatch):
-    model, batch = models(family), collate(sample_with(models(family)), 0, "cpu")
+    model, batch = models(family), collate(sample_with(models(family)), "cpu")
     whole, whole_gradients = score(model, batch, 0.9), gradients(model, batch)
     monkeypatch.setattr(rollout, "ROWS", 3)
     monkeypatch.setattr(rollout, "LOGITS_AT_ONCE", 3 * VOCAB)  # three tokens a chunk
@@ -169,7 +172,7 @@ def test_chunks_of_the_lm_head_change_neither_scores_nor_gradients(models, famil
 
 def test_the_lm_head_sees_completion_positions_only_and_at_most_a_chunk(models, monkeypatch):
     model, samples = models("llama"), sample_with(models("llama"))
-    batch, seen = collate(samples, 0, "cpu"), []
+    batch, seen = collate(samples, "cpu"), []
     monkeypatch.setattr(rollout, "ROWS", 7)
     monkeypatch.setattr(rollout, "LOGITS_AT_ONCE", 20 * VOCAB)  # two blocks of rows
     handle = model.get_output_embeddings().register_forward_hook(lambda _, args, out: seen.append(out.shape[:-1].numel()))
@@ -182,12 +185,12 @@ def test_the_lm_head_sees_completion_positions_only_and_at_most_a_chunk(models, 
 @pytest.mark.parametrize("family", FAMILIES)
 @settings(max_examples=10)
 @given(data=st.data())
-def test_padding_and_row_order_change_nothing(models, family, data):
+def test_row_order_a_longer_row_and_sharing_prompts_change_nothing(models, family, data):
     model, samples = models(family), sample_with(models(family), seed=2)
-    reference, _ = score(model, collate(samples, 0, "cpu"), 1.0)
+    reference, _ = score(model, collate(samples, "cpu"), 1.0)
     order = data.draw(st.permutations(range(len(samples))))
     longer = {"prompt_ids": [3] * data.draw(st.integers(1, 12)), "completion_ids": [4] * data.draw(st.integers(1, 15))}
-    batch = collate([samples[i] for i in order] + [longer], pad_id=data.draw(st.integers(0, VOCAB - 1)), device="cpu")
+    batch = collate([samples[i] for i in order] + [longer], "cpu", share_prompts=data.draw(st.booleans()))
     logp, _ = score(model, batch, 1.0)
     for new, old in enumerate(order):
         n = len(samples[old]["completion_ids"])
@@ -203,7 +206,7 @@ def test_changing_a_token_changes_its_own_log_prob_and_none_before_it(models, fa
     t = data.draw(st.integers(0, len(completion) - 1))
     changed = completion[:t] + [(completion[t] + 1) % VOCAB] + completion[t + 1 :]
     rows = [{"prompt_ids": prompt, "completion_ids": c} for c in (completion, changed)]
-    logp, entropy = score(models(family), collate(rows, 0, "cpu"), 1.0)
+    logp, entropy = score(models(family), collate(rows, "cpu"), 1.0)
     torch.testing.assert_close(logp[0, :t], logp[1, :t], rtol=0, atol=1e-5)
     torch.testing.assert_close(entropy[0, : t + 1], entropy[1, : t + 1], rtol=0, atol=1e-5)  # a token does not predict itself
     assert logp[0, t] != logp[1, t]
@@ -212,21 +215,55 @@ def test_changing_a_token_changes_its_own_log_prob_and_none_before_it(models, fa
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=8))
 def test_the_mask_counts_completion_tokens_even_when_they_equal_the_padding(lengths):
     samples = [{"prompt_ids": [0] * p, "completion_ids": [0] * n} for p, n in lengths]  # everything is the pad token
-    batch = collate(samples, pad_id=0, device="cpu")
-    assert batch["mask"].sum(1).tolist() == batch["predicts"].sum(1).tolist() == [n for _, n in lengths]
-    for row, (p, n) in enumerate(lengths):
-        assert batch["predicts"][row].nonzero().squeeze(1).tolist() == list(range(p - 1, p + n - 1))
+    batch = collate(samples, device="cpu")
+    assert batch["mask"].sum(1).tolist() == [n for _, n in lengths] and len(batch["predicts"]) == len(batch["targets"]) == batch["mask"].sum()
+    assert (batch["mask"].int().diff(dim=1) <= 0).all()  # from the first token on
+    positions = batch["position_ids"][0, batch["predicts"]].split([n for _, n in lengths])
+    assert [part.tolist() for part in positions] == [list(range(p - 1, p + n - 1)) for p, n in lengths]
+
+
+groups = st.lists(st.tuples(st.integers(1, 9), st.lists(st.integers(1, 9), min_size=1, max_size=4)), min_size=1, max_size=5)
+
+
+@given(groups, st.booleans())
+def test_packed_tokens_are_the_samples_with_each_prompt_once_and_no_padding(groups, share):
+    """groups: the length of a prompt, and those of its completions."""
+    number = iter(range(10**6))
+    fresh = lambda n: [next(number) for _ in range(n)]  # noqa: E731, no two tokens are the same
+    samples = [{"prompt_ids": prompt, "completion_ids": fresh(n)} for p, lengths in groups for prompt in [fresh(p)] for n in lengths]
+    batch = collate(samples, "cpu", share_prompts=share)
+    ids = batch["input_ids"][0]
+    prompts = sum(p * (1 if share else len(lengths)) for p, lengths in groups)
+    assert batch["input_ids"].shape == batch["position_ids"].shape == (1, prompts + sum(n - 1 for _, lengths in groups for n in lengths))
+    targets = batch["targets"].split([len(s["completion_ids"]) for s in samples])
+    assert [part.tolist() for part in targets] == [s["completion_ids"] for s in samples]
+    whole = [s["prompt_ids"] + s["completion_ids"] for s in samples]
+    for s, part in zip(samples, ids[batch["predicts"]].split([len(s["completion_ids"]) for s in samples])):
+        assert part.tolist() == (s["prompt_ids"] + s["completion_ids"])[len(s["prompt_ids"]) - 1 : -1]  # each predicts the next
+    rows = [row.tolist() for part in batch["rows"] for row in ids[part]]
+    for tokens in whole:
+        assert any(row[: len(tokens) - 1] == tokens[:-1] for row in rows)
+    assert len(rows) == len(samples)
+    placed = torch.cat([part.flatten() for part in batch["rows"]])[batch["back"]]
+    assert placed.tolist() == list(range(len(ids)))  # every token finds its own output
+    lengths = sorted(len(tokens) - 1 for tokens in whole)
+    for part in batch["rows"]:
+        own, lengths = lengths[: len(part)], lengths[len(part) :]
+        assert own[-1] == part.shape[1] <= rollout.SPREAD * own[0]
+    for row, (tokens, s) in enumerate(zip(whole, samples)):
+        own = ids[batch["row"] == row].tolist()
+        assert own in (tokens[:-1], s["completion_ids"][:-1]) and (share or own == tokens[:-1])
 
 
 @given(st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30)), min_size=1, max_size=30), st.integers(1, 200))
 def test_micro_batches_hold_every_sample_once_and_stay_within_the_budget(lengths, budget):
     samples = [{"prompt_ids": [1] * p, "completion_ids": [1] * n, "index": i} for i, (p, n) in enumerate(lengths)]
     packed = micro_batches(samples, budget)
-    assert sorted(s["index"] for part in packed for s in part) == list(range(len(samples)))
-    for part in packed:
-        widest = max(len(s["prompt_ids"]) + len(s["completion_ids"]) for s in part)
-        assert len(part) == 1 or len(part) * widest <= budget
-        assert widest <= rollout.SPREAD * min(len(s["prompt_ids"]) + len(s["completion_ids"]) for s in part)
+    assert [s["index"] for part in packed for s in part] == list(range(len(samples)))  # the samples of a prompt stay neighbours
+    sizes = [[len(s["prompt_ids"]) + len(s["completion_ids"]) for s in part] for part in packed]
+    for part, following in zip(sizes, [*sizes[1:], None]):
+        assert len(part) == 1 or sum(part) <= budget
+        assert following is None or sum(part) + following[0] > budget  # as full as can be
 
 
 def test_sampling_in_parts_draws_the_same_completions(models):
@@ -236,26 +273,20 @@ def test_sampling_in_parts_draws_the_same_completions(models):
     assert [s["completion_ids"] for s in parts] == [s["completion_ids"] for s in sample_with(models("llama"))]
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "mistral", "gemma2"])
 def test_decoding_over_a_cache_of_fixed_size_draws_the_same_completions(family, monkeypatch):
-    """The compiled path, traced in full but run without generated code, over two rollouts: the caches are used again."""
+    """The compiled path, traced in full but run without generated code, over two rollouts: the cache is used again."""
     compile, model = torch.compile, build_model(family)
     torch.compiler.reset()
     monkeypatch.setattr(torch, "compile", lambda step, mode, **options: compile(step, backend="eager", **options))
-    static = rollout.static_cache(model, length=max(map(len, PROMPTS)) + 10)
+    graphs = rollout.compiled(rows=20, length=max(map(len, PROMPTS)) + 10)  # room for more rows than there are
     options = dict(max_completion_length=10, temperature=1.0, stop_ids=list(range(8)))
     for seed in (0, 1):
-        plain, fixed = (
-            sample(model, PROMPTS, 4, generator=torch.Generator().manual_seed(seed), decoding=static if compiled else None, **options)
-            for compiled in (False, True)
+        plain, static = (
+            sample(model, PROMPTS, 4, generator=torch.Generator().manual_seed(seed), graphs=graphs if fixed else None, **options)
+            for fixed in (False, True)
         )
-        assert [s["completion_ids"] for s in fixed] == [s["completion_ids"] for s in plain]
-        for a, b in zip(plain, fixed):
+        assert [s["completion_ids"] for s in static] == [s["completion_ids"] for s in plain]
+        for a, b in zip(plain, static):
             assert b["logp"] == pytest.approx(a["logp"], abs=1e-4)
         assert len({len(s["completion_ids"]) for s in plain}) > 4, "rows must end at different times, or no cache was moved"
-
-
-def test_a_sliding_window_is_refused_by_the_compiled_path():
-    model = build_model("mistral")
-    with pytest.raises(UserError, match="sliding window"):
-        rollout.static_cache(model, length=40)

@@ -298,7 +298,7 @@ def test_lora_trains_adapters_only_and_its_checkpoint_loads_and_resumes(tmp_path
     saved = {name: load_file(tmp_path / name / "checkpoint-2" / "adapter_model.safetensors") for name in ("whole", "parts")}
     assert all(torch.equal(saved["whole"][key], saved["parts"][key]) for key in saved["whole"])
     assert all("lora" in key for key in saved["whole"]) and any(tensor.any() for key, tensor in saved["whole"].items() if "lora_B" in key)
-    batch = collate([{"prompt_ids": [5, 6], "completion_ids": [7, 8, 9]}], 0, "cpu")
+    batch = collate([{"prompt_ids": [5, 6], "completion_ids": [7, 8, 9]}], "cpu")
     trained, base = load_model(resolve_model(str(tmp_path / "whole")), "cpu"), load_model("tiny", "cpu")
     assert not torch.allclose(score(trained, batch, 1.0)[0], score(base, batch, 1.0)[0])
     assert {name for name, p in trained.named_parameters() if p.requires_grad} == {name for name, _ in base.named_parameters()}  # merged
