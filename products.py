@@ -71,7 +71,7 @@ class OneDNNLinear(torch.nn.Linear):
         return super().forward(x) if self.packed is None or rows >= ROWS // 2 else onednn(x, self.packed, self.bias)
 
 
-def least_seconds(call, laps=7):
+def least_seconds(call, laps=15):
     """The least time that a call takes, after one more to warm up: noise only ever adds."""
     seconds = []
     for _ in range(laps + 1):

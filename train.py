@@ -209,7 +209,7 @@ def train(args):
         model.activation_checkpointing_enable()
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
-        parameters, lr=args.learning_rate, betas=(0.9, args.adam_beta2), weight_decay=args.weight_decay
+        parameters, lr=args.learning_rate, betas=(0.9, args.adam_beta2), weight_decay=args.weight_decay, fused=True
     )
     generator = torch.Generator().manual_seed(args.seed)
     step, cursor = load_trainer_state(resumed, optimizer, generator) if resumed else (0, 0)
