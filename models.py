@@ -156,9 +156,10 @@ def memory_estimate(model, device, args, longest_prompt):
     layers, width = config.num_hidden_layers, config.hidden_size
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     rows = min(args.rollout_batch_size, args.num_prompts * args.num_generations)
-    cache = 2 * layers * heads * head_dim(config) * 4 * rows * (longest_prompt + args.max_completion_length)
+    size = 2 if device.type == "cuda" else 4  # bytes of a number in autocast's precision
+    cache = 2 * layers * heads * head_dim(config) * size * rows * (longest_prompt + args.max_completion_length)
     inner = getattr(config, "intermediate_size", None) or 4 * width
-    layer = 30 * width + (8 if device.type == "cuda" else 16) * inner  # bytes a token, counted with saved_tensors_hooks
+    layer = 37 * width + 4 * size * inner  # bytes a token, counted with saved_tensors_hooks
     kept = layers * 4 * width + layer if args.gradient_checkpointing else layers * layer
     packed = sum(module.weight.numel() * 4 for module in model.modules() if isinstance(module, OneDNNLinear) and module.few)
     cache += max(0, packed - 4 * trained)  # `packed_weights`, less the gradients, which are not there at that time

@@ -45,14 +45,14 @@ def draw(model, prompts, num_generations, length, prompt_length=72):
     )  # fmt: skip
 
 
-def learn(model, samples, max_tokens=2048):
+def learn(model, samples, max_tokens=2048, share_prompts=True):
     """Scores the samples twice, the second time with gradients: a rollout's scoring and one update."""
     import torch
 
     from rollout import collate, micro_batches, score
 
     for packed in micro_batches(samples, max_tokens):
-        batch = collate(packed, "cpu")
+        batch = collate(packed, "cpu", share_prompts)
         with torch.no_grad():
             old_logp, _ = score(model, batch, 1.0)
         logp, _ = score(model, batch, 1.0)
@@ -123,6 +123,7 @@ def main():
                 seconds.setdefault((name, "score and update", x), []).append(timed(lambda: learn(model, samples)))
         for name, samples in (("even", even), ("uneven", uneven)):
             seconds.setdefault(name, []).append(timed(lambda: learn(model, samples)))
+        seconds.setdefault("apart", []).append(timed(lambda: learn(model, even, share_prompts=False)))
         for group in (1, 4, 16):
             seconds.setdefault(("prefill", group), []).append(timed(lambda: draw(model, 4, group, 1, prompt_length=512)))
     seconds = {key: statistics.median(values) for key, values in seconds.items()}
@@ -144,6 +145,8 @@ def main():
     figure.savefig(path, dpi=110)
     print(f"padding: score and update of {sum(len(s['completion_ids']) for s in even):,} completion tokens, all of 40: {seconds['even']:.2f} s; "
           f"of 4, 12, 24 and 120: {seconds['uneven']:.2f} s")  # fmt: skip
+    print(f"prompts of 72 tokens, completions of 40: score and update take {seconds['even']:.2f} s with a prompt once for its 8 completions, "
+          f"{seconds['apart']:.2f} s with a copy for each")  # fmt: skip
     print("a prompt of 512 tokens, one token each for G samples: " + ", ".join(f"G = {g}: {seconds['prefill', g]:.2f} s" for g in (1, 4, 16)))
     for vocabulary in (1000, 8000, 32000, 128000):
         done = subprocess.run([sys.executable, __file__, "--child", str(vocabulary)], capture_output=True, text=True, check=True)

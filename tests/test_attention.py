@@ -91,6 +91,25 @@ def test_the_window_of_the_model_is_kept_when_scoring_and_when_decoding(models, 
     torch.testing.assert_close(score(model, collate([s], "cpu"), 1.0)[0][0], expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
+def test_under_autocast_the_cache_is_of_half_size_and_sampler_and_scorer_agree(models, family, monkeypatch):
+    """On the CPU what autocast does on a GPU: fp32 weights, bf16 products."""
+    dtypes, cached = set(), attention.cached
+
+    def watched(cache, *rest):
+        dtypes.update(x.dtype for tensors in cache.values() for x in tensors)
+        return cached(cache, *rest)
+
+    monkeypatch.setattr(attention, "cached", watched)
+    with torch.autocast("cpu", torch.bfloat16):
+        samples = sample_with(models(family))
+        batch = collate(samples, "cpu")
+        logp, _ = score(models(family), batch, 1.0)
+    assert dtypes == {torch.bfloat16} and logp.dtype == torch.float32
+    gap = (logp[batch["mask"]] - torch.tensor([x for s in samples for x in s["logp"]])).abs()
+    assert gap.mean() < 0.05 and gap.max() > 0  # rounding, and there is some
+
+
 @pytest.mark.parametrize("family", ["gpt_oss", "bloom"])  # sinks in the softmax; attention that does not go through the interface
 def test_attention_that_is_not_known_is_refused_by_name(family):
     from transformers import AutoConfig, AutoModelForCausalLM
