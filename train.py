@@ -194,10 +194,10 @@ def train(args):
     reference = load_model(name, device, base_dtype).requires_grad_(False) if args.algo == "grpo" and args.beta else None
     longest = max(len(problem["prompt_ids"]) for problem in problems)
     check_positions(model, longest + args.max_completion_length)
+    at_once = min(args.num_prompts, args.rollout_batch_size // args.num_generations)  # prompts
     graphs, sampler = None, model
     if args.compile:
         sampler = sampling_copy(model, torch.bfloat16 if device.type == "cuda" else base_dtype)
-        at_once = min(args.num_prompts, args.rollout_batch_size // args.num_generations)
         graphs = compiled(at_once * args.num_generations, longest + args.max_completion_length)
     directory = open_output_dir(args, f"{args.algo}-{Path(args.model).name}")
     if device.type == "cpu":
@@ -230,7 +230,7 @@ def train(args):
         nonlocal cursor
         chosen = data.take(problems, cursor, count, args.seed)
         cursor += count
-        samples, at_once = [], max(1, args.rollout_batch_size // args.num_generations)
+        samples = []
         if graphs:
             with torch.no_grad():
                 for own, trained in zip(sampler.parameters(), model.parameters()):

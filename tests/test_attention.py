@@ -54,7 +54,8 @@ def test_a_prepared_model_computes_what_it_did_also_for_others(family):
     """Padded batches, caches and generate(), as lm-eval and any other user of the model calls it."""
     model = build_model(family)
     twin = copy.deepcopy(model)
-    prepare(model)
+    prepare(model.train())
+    assert model.training and not prepare(model.eval()) and not model.training
     assert model.config._attn_implementation == attention.NAME != twin.config._attn_implementation
     twin.set_attn_implementation("eager")
     ids = torch.randint(1, VOCAB, (3, 11), generator=torch.Generator().manual_seed(0))
@@ -121,8 +122,9 @@ def test_attention_that_is_not_known_is_refused_by_name(family):
     }[family]  # fmt: skip
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, vocab_size=VOCAB, pad_token_id=0, eos_token_id=0, **small)).eval()
-    with pytest.raises(UserError, match=family):
-        score(model, collate([{"prompt_ids": [1, 2], "completion_ids": [3, 4]}], "cpu"), 1.0)
+    for _ in range(2):  # a model that was refused is not prepared
+        with pytest.raises(UserError, match=family):
+            score(model, collate([{"prompt_ids": [1, 2], "completion_ids": [3, 4]}], "cpu"), 1.0)
 
 
 @given(data=st.data())
