@@ -135,6 +135,21 @@ def test_sampling_after_an_update_samples_from_the_updated_weights(small_blocks,
     assert [s["completion_ids"] for s in after] == [s["completion_ids"] for s in sample_with(copy.deepcopy(model))]
 
 
+@needs_onednn
+@pytest.mark.parametrize("many", [True, False])
+@pytest.mark.parametrize("few", [True, False])
+def test_only_products_that_were_measured_to_gain_go_to_onednn(many, few, small_blocks, monkeypatch):
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: (many, few))
+    model, calls, call = torch.nn.Sequential(torch.nn.Linear(8, 8)), [], products.onednn
+    monkeypatch.setattr(products, "onednn", lambda x, *rest: (calls.append(len(x)), call(x, *rest))[1])
+    assert use_fastest_product(model) == (many or few)
+    with torch.no_grad(), packed_weights(model, rows=1):
+        model(torch.randn(1, 8))
+        assert len(calls) == few
+        model(torch.randn(4, 8))  # a block
+        assert len(calls) == few + many
+
+
 def test_layers_that_gain_nothing_are_left_alone(monkeypatch):
     monkeypatch.setattr(products, "onednn_is_faster", lambda: (True, True))
     wide = 2 * int(products.WORTHWHILE**0.5)

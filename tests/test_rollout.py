@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import rollout
@@ -142,10 +142,10 @@ def gradients(model, batch, temperature=0.9):
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.integers(1, 9), st.integers(2, 30), st.floats(0.1, 20), st.integers(0, 2**31))
-def test_log_probs_entropies_and_gradients_are_those_of_log_softmax(rows, vocabulary, scale, seed):
+@given(st.integers(1, 9), st.integers(2, 30), st.floats(0.1, 20), st.sampled_from([0.0, -1e4, 1e4]), st.integers(0, 2**31))
+def test_log_probs_entropies_and_gradients_are_those_of_log_softmax(rows, vocabulary, scale, offset, seed):
     generator = torch.Generator().manual_seed(seed)
-    logits = (scale * torch.randn(rows, vocabulary, generator=generator, dtype=torch.float64)).requires_grad_()
+    logits = (offset + scale * torch.randn(rows, vocabulary, generator=generator, dtype=torch.float64)).requires_grad_()
     targets, weights = torch.randint(vocabulary, (rows,), generator=generator), torch.randn(rows, generator=generator, dtype=torch.float64)
     logp, entropy = rollout.LogProb.apply(logits, targets)
     (gradient,) = torch.autograd.grad((logp * weights).sum(), logits)
@@ -256,6 +256,8 @@ def test_packed_tokens_are_the_samples_with_each_prompt_once_and_no_padding(grou
 
 
 @given(st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30)), min_size=1, max_size=30), st.integers(1, 200))
+@example([(1, 2), (2, 1), (1, 2)], 6)  # just full, and
+@example([(1, 2), (2, 1), (1, 2)], 5)  # one token too many
 def test_micro_batches_hold_every_sample_once_and_stay_within_the_budget(lengths, budget):
     samples = [{"prompt_ids": [1] * p, "completion_ids": [1] * n, "index": i} for i, (p, n) in enumerate(lengths)]
     packed = micro_batches(samples, budget)
