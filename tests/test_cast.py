@@ -206,6 +206,14 @@ def test_equal_losses_do_not_conflict_and_all_are_stable():
     assert all(p.requires_grad for p in model.parameters())
 
 
+def test_two_answers_to_one_prompt_feel_their_own_gates_only():
+    model = build_model("llama")
+    heads = heads_module.find_heads(model)
+    samples = [{"prompt_ids": [5, 6, 7], "completion_ids": ids} for ids in ([8, 9, 10], [11, 12])]
+    alone = torch.cat([cast.gate_sensitivity(model, [s], heads, 10**6) for s in samples])
+    torch.testing.assert_close(cast.gate_sensitivity(model, samples, heads, 10**6), alone, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_two_sensitivities_are_what_they_say_and_zero_for_a_head_without_output(family):
     model, samples = awkward(family), draw_samples(5)
