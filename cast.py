@@ -94,8 +94,9 @@ def batches(model, samples, max_tokens, description=None):
     """Yields (indices of the rows, batch) until every sample was in one. description: draws a progress bar."""
     from tqdm import tqdm
 
-    from rollout import collate, micro_batches
+    from rollout import base, collate, micro_batches
 
+    base(model)  # which runs the model once: before the hooks of scaled_heads are on
     packed = micro_batches([{**sample, "row": row} for row, sample in enumerate(samples)], max_tokens)
     for rows in tqdm(packed, desc=description, leave=False, disable=None if description else True):
         yield [row["row"] for row in rows], collate(rows, model.device, share_prompts=False)
