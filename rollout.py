@@ -74,7 +74,7 @@ def compiled(rows, length):
     return {"cache": {}, "rows": rows, "length": length, "step": step}
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def sample(model, prompts, num_generations, *, max_completion_length, temperature, stop_ids, generator, graphs=None):
     """Samples `num_generations` completions for each prompt, all at once: the caller bounds the number of rows.
 
