@@ -171,3 +171,9 @@ def keep_rows(cache, kept, count):
         for x in tensors:
             x[holes] = x[movers]
     return order
+
+
+def grow(cache, count, columns):
+    """Appends so many empty columns to the cache, and lets go of its rows beyond the first `count`."""
+    for layer, tensors in cache.items():
+        cache[layer] = tuple(F.pad(x[:count], (0, 0, 0, columns)) for x in tensors)

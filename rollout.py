@@ -26,6 +26,7 @@ import attention
 from products import ROWS, packed_weights
 
 LOGITS_AT_ONCE = 2**23  # logits in one chunk of the LM head: 32 MB in fp32, but ROWS rows at least (156 MB for Qwen)
+FIRST_COLUMNS = 16  # for completion tokens that the cache begins with; it grows by a quarter
 SPREAD = 1.5  # in one call of attention the longest row has at most so many times the tokens of the shortest
 
 
@@ -87,8 +88,8 @@ def sample(model, prompts, num_generations, *, max_completion_length, temperatur
     B, L = len(prompts) * G, max(map(len, prompts))
     uniforms = torch.rand(B, T, generator=generator).T.to(device)  # a row's own numbers, whatever shares its batch
     stop = torch.tensor(stop_ids, device=device)
-    whole = graphs or {"cache": {}, "rows": B, "length": L + T, "step": decode_step}
-    cache = whole["cache"]
+    whole = graphs or {"cache": {}, "rows": B, "length": L + min(T, FIRST_COLUMNS), "step": decode_step}
+    cache, columns = whole["cache"], whole["length"]
 
     # Prefill each prompt once; its keys and values go to its G rows of the cache.
     ids = torch.tensor([[token for prompt in prompts for token in prompt]], device=device)  # [1, N]
@@ -122,7 +123,11 @@ def sample(model, prompts, num_generations, *, max_completion_length, temperatur
                 kept = truncated[rows].argsort(descending=True, stable=True)[:size]  # the unfinished, and some more to fill up
                 order = attention.keep_rows(cache, kept, len(rows))
                 rows, token, position = rows[order], token[order], position[order]
-            logits = whole["step"](model, cache, token, position, whole["length"] if graphs else L + t + 1)
+            if L + t == columns:  # most rows end long before the longest may
+                more = min(columns // 4, L + T - columns)
+                attention.grow(cache, len(rows), more)
+                columns += more
+            logits = whole["step"](model, cache, token, position, columns if graphs else L + t + 1)
             position = position + 1
 
     return [

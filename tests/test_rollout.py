@@ -57,8 +57,9 @@ def test_scores_equal_the_full_softmax_of_each_row_alone(models, family):
 
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
-def test_batched_sampling_equals_each_row_alone_without_a_cache(models, family):
-    """Packed prompts, the cache and the dropping of finished rows change nothing of what a row draws."""
+def test_batched_sampling_equals_each_row_alone_without_a_cache(models, family, monkeypatch):
+    """Packed prompts, the cache, its growth and the dropping of finished rows change nothing of what a row draws."""
+    monkeypatch.setattr(rollout, "FIRST_COLUMNS", 2)
     model, T, G, temperature, stops = models(family), 10, 3, 0.8, range(6)
     samples = sample_with(model, T=T, G=G, temperature=temperature, stop_ids=stops)
     uniforms = torch.rand(len(PROMPTS) * G, T, generator=torch.Generator().manual_seed(0)).T
@@ -96,6 +97,17 @@ def test_a_prompt_is_prefilled_once_whatever_the_group(models, monkeypatch):
     going = [sum(len(s["completion_ids"]) > t for s in samples) for t in range(1, len(shapes))]
     assert [rows for rows, _ in shapes[1:]] == [min(G * len(PROMPTS), batch_size(n)) for n in going]  # rows leave when they have ended
     assert min(going) < max(going) / 2
+
+
+def test_the_cache_grows_with_the_completions_and_lets_go_of_ended_rows(models, monkeypatch):
+    monkeypatch.setattr(rollout, "FIRST_COLUMNS", 4)
+    cached, shapes, L, T = rollout.attention.cached, [], max(map(len, PROMPTS)), 30
+    monkeypatch.setattr(rollout.attention, "cached", lambda cache, *rest: shapes.append(cache[0][0].shape) or cached(cache, *rest))
+    samples = sample_with(models("llama"), G=16, T=T)
+    assert max(len(s["completion_ids"]) for s in samples) == T
+    columns, rows = [shape[2] for shape in shapes], [shape[0] for shape in shapes]
+    assert columns[0] == L + 4 and columns[-1] == L + T and columns == sorted(columns) and len(set(columns)) > 4
+    assert rows[0] == 64 and rows[-1] <= 32 and rows == sorted(rows, reverse=True)
 
 
 @given(st.integers(1, 2000))
