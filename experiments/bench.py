@@ -13,10 +13,12 @@ moments). The limit is what the step cannot avoid over what this machine was jus
 forward, 4 backward, attention left out) over the rate of a large matrix product, the fastest that torch has; for a decode
 step bytes (every weight, and the keys and values of its rows) over the rate of a large copy, where that is longer. A prompt counts
 once for its group. A product of a few rows is slower than a large one, on any machine: so the products of the decoding are also timed
-alone, row for row, and the share of the decoding that they are is its distance from the limit of its matrix work.
+alone, row for row, and the share of the decoding that they are is its distance from the limit of its matrix work. On a CPU, what the
+rest of the decoding goes to is given too.
 """
 
 import argparse
+import collections
 import functools
 import json
 import os
@@ -43,9 +45,11 @@ def prepare(args, folder):
     """Writes the checkpoint and the problems; both engines read the same files."""
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
     from experiments.shapes import build_config, build_tokenizer
 
+    disable_progress_bar()
     work = WORK[args.shape]
     if args.shape == "tiny":
         return str(ROOT / "tiny"), "arithmetic"
@@ -84,6 +88,7 @@ def finish(device):
 
 def ours(args, folder):
     """`train.train`, as a user runs it; rollout.sample is watched from outside for the time of its first forward pass, the prefill."""
+    import attention
     import models
     import rollout
     import train
@@ -96,7 +101,7 @@ def ours(args, folder):
     )  # fmt: skip
     argv = [part for name, value in flags.items() for part in (f"--{name.replace('_', '-')}", str(value))]
     argv += ["--no-gradient-checkpointing"] + ["--compile"] * args.compile
-    load_model, sample, before, laps = models.load_model, rollout.sample, [], []
+    load_model, sample, before, laps, spent = models.load_model, rollout.sample, [], [], collections.Counter()
 
     def now():
         finish(args.device)
@@ -107,18 +112,34 @@ def ours(args, folder):
         before.append(resident_gb()[0])
         return model
 
+    def watch(module, name, kind):
+        call = getattr(module, name)
+
+        def watched(*arguments, **options):
+            start = time.perf_counter()
+            out = call(*arguments, **options)
+            spent[kind] += time.perf_counter() - start
+            return out
+
+        setattr(module, name, watched)
+
     def watched_sample(model, *arguments, **options):
         prefilled, start = [], now()
 
         def first_pass(*_):
             prefilled.append(now())
             hook.remove()
+            spent.clear()
 
         hook = model.register_forward_hook(first_pass)
         samples = sample(model, *arguments, **options)
         laps.append({"prefill": prefilled[0] - start, "decode": now() - prefilled[0], "prompts": [len(s["prompt_ids"]) for s in samples[::8]],
-                     "lengths": [len(s["completion_ids"]) for s in samples]})  # fmt: skip
+                     "lengths": [len(s["completion_ids"]) for s in samples], **spent})  # fmt: skip
         return samples
+
+    if args.device == "cpu" and not args.compile:  # on a GPU a call is over before its work is done
+        watch(attention, "attend", "attention")
+        watch(rollout, "draw", "drawing")
 
     models.load_model, rollout.sample = watched_load, watched_sample
     rows = train.train(train.parse_args(argv))[1:]
@@ -303,7 +324,8 @@ def main():
         print("ours / trl: " + ", ".join(f"{name} {ours / other:.2f}" for name, ours, other in zip(names, medians["ours"], medians["trl"])))
     if "ours" in results:
         flops, bandwidth = machine(args)
-        reached, bare, products = {phase: [] for phase in phases}, [], []
+        reached, bare = {phase: [] for phase in phases}, []
+        parts = collections.defaultdict(list)
         for run in results["ours"]:
             for index, (lengths, prompts) in enumerate(zip(run["lengths"], run["prompts"])):
                 least = limit(args, model, flops, bandwidth, lengths, prompts)
@@ -311,11 +333,15 @@ def main():
                     reached[phase].append(seconds / run[phase][index])
                 alone = bare_products(model, lengths)
                 bare.append(least["decode"] / alone)
-                products.append(alone / run["decode"][index])
+                times = {"matrix products alone": alone} | {kind: run[kind][index] for kind in ("attention", "drawing") if kind in run}
+                for kind, seconds in times.items():
+                    parts[kind].append(seconds / run["decode"][index])
         print(f"the limit, at {flops / 1e9:,.0f} GFLOP/s and {bandwidth / 1e9:,.0f} GB/s; of it reached: "
               + ", ".join(f"{phase} {statistics.median(shares):.0%}" for phase, shares in reached.items()))  # fmt: skip
-        print(f"decoding's matrix products alone, row for row: {statistics.median(bare):.0%} of that limit; they are "
-              f"{statistics.median(products):.0%} of the decoding")  # fmt: skip
+        shares = {kind: statistics.median(values) for kind, values in parts.items()}
+        shares["small operations and the Python around them" if len(shares) > 1 else "the rest"] = 1 - sum(shares.values())
+        print(f"decoding's matrix products alone, row for row, reach {statistics.median(bare):.0%} of that limit. Of the decoding are "
+              + ", ".join(f"{kind} {share:.0%}" for kind, share in shares.items()))  # fmt: skip
 
 
 if __name__ == "__main__":
