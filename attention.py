@@ -59,6 +59,12 @@ def attention(module, query, key, value, attention_mask, over=None, scaling=None
     return out.transpose(1, 2).contiguous(), None  # [B, Q, H, d]
 
 
+def inputs(input_ids, position_ids, over):
+    """The arguments of a model's forward pass over packed tokens. A mask is among them, or transformers would make its own, of [N, N]."""
+    mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device)  # never looked at: `over` knows better
+    return {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": mask, "use_cache": False, "over": over}
+
+
 def prepare(model):
     """Puts `attention` into every layer, once, and checks that the model still computes the same.
 
@@ -79,14 +85,21 @@ def prepare(model):
         model.eval()
         expected = model.base_model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
         model.set_attn_implementation(NAME)
-        options = dict(position_ids=positions.repeat(2).unsqueeze(0), use_cache=False, over=packed([rows], rows.flatten()))
+        core, windows = packed([rows], rows.flatten()), {}
+
+        def over(layer, query, key, value, window, attend):
+            windows[layer] = window
+            return core(layer, query, key, value, window, attend)
+
         try:
-            found = model.base_model(input_ids=ids.view(1, 6), **options).last_hidden_state[0]
-        except TypeError:  # it takes no `over`
+            found = model.base_model(**inputs(ids.view(1, 6), positions.repeat(2).unsqueeze(0), over)).last_hidden_state[0]
+        except (TypeError, ValueError, RuntimeError):  # it takes no `over`, or no such mask
             found = torch.full_like(expected, float("nan"))
         model.train(training)
     tolerance = 1e-3 if expected.dtype == torch.float32 else 0.1
-    if not (found - expected).abs().max() <= tolerance * expected.abs().max():
+    kinds = getattr(model.config, "layer_types", None) or []
+    masked = any(kind != "full_attention" and not windows.get(layer) for layer, kind in enumerate(kinds))  # by a mask that `over` never sees
+    if masked or not (found - expected).abs().max() <= tolerance * expected.abs().max():
         model.set_attn_implementation(own)  # or a second call would find it prepared
         raise UserError(f"the attention of {model.config.model_type} is more than softmax(q k^T) v in rows: attention.py does not know it")
 

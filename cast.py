@@ -539,7 +539,8 @@ def parse_args(argv=None):
         raise UserError("--tune changes the model and --compare starts from it as it was, with flags of its own: run one after the other")
     if not 0 <= args.skip <= 1:
         raise UserError("--skip is a share of the heads, from 0 to 1")
-    at_least(args, 1, "steps batch_size max_completion_length max_tokens_per_batch examples max_length seeds random_draws evaluations")
+    at_least(args, 1, "steps batch_size max_completion_length max_tokens_per_batch max_length seeds random_draws evaluations")
+    at_least(args, 2, "examples")
     at_least(args, 0, "weight_decay match_nll threads")
     if not (args.learning_rate > 0 and args.max_grad_norm > 0):
         raise UserError("--learning-rate and --max-grad-norm must be above 0")
@@ -552,11 +553,12 @@ def main(argv=None):
     import torch
 
     from heads import find_heads
-    from models import fastest_thread_count, load_model, load_tokenizer, pick_device, resolve_model
+    from models import fastest_thread_count, load_model, load_tokenizer, pick_device, positions_of, resolve_model
 
     device, name, directory = pick_device(args.device), resolve_model(args.model), Path(args.output_dir)
     tokenizer, model = load_tokenizer(name), load_model(name, device)
     heads = find_heads(model)
+    args.max_length = min(args.max_length, (positions_of(model) or math.inf) - args.max_completion_length)
     if device.type == "cpu":
         torch.set_num_threads(args.threads or fastest_thread_count(model))
     if args.compare:

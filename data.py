@@ -305,6 +305,8 @@ def load_pairs(name, kind, split=None, root=None):
     Returns (pairs, counts), pairs dicts "prompt", "response". Raises UserError for an unknown or gated name, a set of
     another kind, mmlu's test split, a hub out of reach, or no usable row.
     """
+    if not Path(name).exists():  # a hub id of one of PAIRS is that set
+        name = next((key for key, (own, hub_id, *_) in PAIRS.items() if hub_id == name and own == kind), name)
     short = name.rpartition("/")[2].lower()
     if name not in PAIRS and short in GATED and not Path(name).exists():
         raise UserError(f"{name} is gated: the hub wants a login and an agreement for it; its open stand-in here is {GATED[short]}")

@@ -114,7 +114,7 @@ def evaluate(model, tokenizer, name, problems, args, path, done):
 
     n, temperature = settings_of(name, args)
     rows = [row for row in done if row["data"] == name]
-    size = max(1, args.batch_size // n)
+    size = args.batch_size // n
     bar = tqdm(total=len(problems), desc=name, disable=None)
     for start in range(0, len(problems), size):
         batch = problems[start : start + size]
@@ -148,7 +148,7 @@ def whole_batches(path, args):
     for name in dict.fromkeys(row["data"] for row in rows):
         n, _ = settings_of(name, args)
         mine = [row for row in rows if row["data"] == name]
-        broken = len(mine) % (max(1, args.batch_size // n) * n) if name == rows[-1]["data"] else 0
+        broken = len(mine) % (args.batch_size // n * n) if name == rows[-1]["data"] else 0
         kept += mine[: len(mine) - broken]
     write_jsonl(path, kept)
     return kept
@@ -278,7 +278,7 @@ def main(argv=None):
     check_output_dir(args)
     import torch
 
-    from models import check_positions, fastest_thread_count, load_model, load_tokenizer, pick_device, resolve_model
+    from models import check_positions, fastest_thread_count, load_model, load_tokenizer, pick_device, positions_of, resolve_model
 
     args.data = args.data or ("arithmetic" if is_embedded(args.model) else "math500")
     device, name = pick_device(args.device), resolve_model(args.model)
@@ -289,12 +289,14 @@ def main(argv=None):
     for part in args.data.split(","):  # before the model is loaded, so that a wrong name is told at once
         sets[part] = data.load_prompts(part, "test", tokenizer, args.max_prompt_length, args.data_root)[: args.limit or None]
         n, temperature = settings_of(part, args)
+        if args.batch_size < n:
+            raise UserError(f"--batch-size must be at least {n}: the completions of a problem are sampled together")
         print(f"  {len(sets[part])} problems x {n} samples at temperature {temperature}")
     asked = {part: refusal_prompts(part, tokenizer, args) for part in (args.refusal or "").split(",") if part}
     model = load_model(name, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    longest = max(len(problem["prompt_ids"]) for problems in sets.values() for problem in problems)
+    longest = max(len(problem["prompt_ids"]) for problems in (*sets.values(), *asked.values()) for problem in problems)
     if args.max_completion_length is None:
-        positions = getattr(model.config, "max_position_embeddings", None) or 10**9
+        positions = positions_of(model) or 10**9
         args.max_completion_length = max(1, min(8192, positions // 2, positions - longest))
     check_positions(model, longest + args.max_completion_length)
     directory = open_output_dir(args, "eval")

@@ -34,10 +34,10 @@ def resolve_model(name):
     Raises UserError when the name can only be a directory and there is none.
     """
     path = Path(name).expanduser()
-    if path.is_dir():
-        return str(path if (path / "config.json").exists() else latest_checkpoint(path) or path)
     if name == "tiny":
         return str(Path(__file__).parent / "tiny")
+    if path.is_dir():
+        return str(path if (path / "config.json").exists() else latest_checkpoint(path) or path)
     owner = next((owner for prefix, owner in OWNERS.items() if name.startswith(prefix)), None)
     if "/" not in name and owner:
         return f"{owner}/{name}"
@@ -176,8 +176,21 @@ def stop_token_ids(model, tokenizer):
     return sorted({token for token in [tokenizer.eos_token_id, *named] if token is not None})
 
 
+def positions_of(model):
+    """How many tokens prompt and completion can be together: the model's positions, or None where it names no limit.
+
+    Or as far as its rotary frequencies stay the same: beyond, one long sample would change the log-probs of its whole batch.
+    """
+    config = model.config
+    limit, rope = getattr(config, "max_position_embeddings", None), getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") in ("longrope", "dynamic"):
+        return rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None) or limit
+    return limit
+
+
 def check_positions(model, tokens):
     """Raises UserError when prompt and completion together can be longer than the model has positions for."""
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = positions_of(model)
     if limit and tokens > limit:
-        raise UserError(f"prompt and completion can take {tokens} tokens and the model has {limit} positions: lower --max-completion-length")
+        raise UserError(f"prompt and completion can take {tokens} tokens and the model has {limit} positions: "
+                        "lower --max-completion-length, or --max-prompt-length (longer prompts are left out)")  # fmt: skip

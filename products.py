@@ -86,7 +86,7 @@ def least_seconds(call, laps=15):
 def onednn_is_faster():
     """Measures two products both ways: whether oneDNN is faster for many rows and, with a packed weight, for few.
 
-    Clearly faster is a quarter less time, so that a busy moment does not decide.
+    Faster is a quarter less time for many rows and a tenth for few, so that a busy moment does not decide.
     """
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False, False

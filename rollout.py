@@ -61,7 +61,7 @@ def batch_size(going):
 def decode_step(model, cache, token, position, length):
     """The logits [B, V] after one more token a row. token, position: [B]; length: columns of the cache to look at."""
     over = attention.cached(cache, position, length)
-    return model(input_ids=token.unsqueeze(1), position_ids=position.unsqueeze(1), use_cache=False, over=over).logits[:, -1]
+    return model(**attention.inputs(token.unsqueeze(1), position.unsqueeze(1), over)).logits[:, -1]
 
 
 def compiled(rows, length):
@@ -69,7 +69,7 @@ def compiled(rows, length):
 
     rows: of the largest batch; length: tokens of prompt and completion together, at most. A graph finds its tensors at the same
     addresses every time, so the cache is made once and always looked at whole. Each number of rows is compiled once, for a
-    minute or so, so there are four. Not measured on a GPU; a CPU only loses by it.
+    minute or so, so there are four of them for a batch. Not measured on a GPU; a CPU only loses by it.
     """
     step = torch.compile(decode_step, mode="reduce-overhead", fullgraph=True, dynamic=False)
     return {"cache": {}, "rows": rows, "length": length, "step": step}
@@ -97,7 +97,7 @@ def sample(model, prompts, num_generations, *, max_completion_length, temperatur
     parts = torch.arange(ids.shape[1], device=device).split(ends.tolist())
     positions, last = torch.cat([part - part[0] for part in parts]), ends.cumsum(dim=0) - 1
     over = attention.prefilled(pad_sequence(parts, batch_first=True), cache, whole["rows"], whole["length"], G)
-    out = model(input_ids=ids, position_ids=positions.unsqueeze(0), use_cache=False, logits_to_keep=last, over=over)
+    out = model(**attention.inputs(ids, positions.unsqueeze(0), over), logits_to_keep=last)
     logits, position = out.logits[0].repeat_interleave(G, dim=0), ends.repeat_interleave(G)  # [B, V], [B] of the token to come
     if graphs:
         for tensors in cache.values():
@@ -203,7 +203,9 @@ class LogProb(torch.autograd.Function):
         weights = (logits - top).exp_()  # softmax(logits) * total
         total = weights.sum(dim=-1, keepdim=True)
         normaliser = top + total.log()
-        entropy = (normaliser - (weights.unsqueeze(1) @ logits.unsqueeze(2)).squeeze(2) / total).squeeze(1)
+        with torch.autocast(logits.device.type, enabled=False):  # in bf16 the sign of its change would be rounding
+            mean_logit = (weights.unsqueeze(1) @ logits.unsqueeze(2)).squeeze(2) / total
+        entropy = (normaliser - mean_logit).squeeze(1)
         ctx.save_for_backward(weights, targets, total)
         ctx.mark_non_differentiable(entropy)
         return (logits.gather(1, targets) - normaliser).squeeze(1), entropy
@@ -240,7 +242,7 @@ def score(model, batch, temperature):
     model = base(model)
     head, softcap = model.get_output_embeddings(), getattr(model.config, "final_logit_softcapping", None)
     over = attention.packed(batch["rows"], batch["back"])
-    out = model.base_model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False, over=over)
+    out = model.base_model(**attention.inputs(batch["input_ids"], batch["position_ids"], over))
     hidden, targets = F.embedding(batch["predicts"], out.last_hidden_state[0]), batch["targets"]  # [n, D], [n]
 
     chunk = ROWS * max(1, LOGITS_AT_ONCE // (ROWS * head.weight.shape[0]))

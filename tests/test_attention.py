@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import attention
 from attention import attend, keep_rows, prepare
 from data import UserError
-from rollout import collate, score
+from rollout import LogProb, collate, score
 from tests.conftest import VOCAB, build_model
 from tests.test_rollout import ALL_FAMILIES, gradients, plain_logits, sample_with
 
@@ -36,7 +36,7 @@ def looped(query, key, value, sees, scaling, softcap):
 @given(data=st.data())
 def test_attend_is_softmax_of_scores_times_values(data):
     draw = lambda *bounds: data.draw(st.integers(*bounds))  # noqa: E731
-    B, K, groups, Q, d = draw(1, 3), draw(1, 3), draw(1, 3), draw(1, 4), data.draw(st.sampled_from([4, attention.NARROW]))
+    B, K, groups, Q, d = draw(1, 3), draw(1, 3), draw(1, 3), draw(1, 4), data.draw(st.sampled_from([4, 16]))
     causal, softcap = data.draw(st.booleans()), data.draw(st.sampled_from([None, 1.5]))
     L = Q if causal and Q > 1 else draw(Q, 6)
     generator = torch.Generator().manual_seed(draw(0, 2**31))
@@ -105,13 +105,43 @@ def test_under_autocast_the_cache_is_of_half_size_and_sampler_and_scorer_agree(m
     with torch.autocast("cpu", torch.bfloat16):
         samples = sample_with(models(family))
         batch = collate(samples, "cpu")
-        logp, _ = score(models(family), batch, 1.0)
+        logp, entropy = score(models(family), batch, 1.0)
     assert dtypes == {torch.bfloat16} and logp.dtype == torch.float32
     gap = (logp[batch["mask"]] - torch.tensor([x for s in samples for x in s["logp"]])).abs()
     assert gap.mean() < 0.05 and gap.max() > 0  # rounding, and there is some
+    assert entropy.dtype == torch.float32
 
 
-@pytest.mark.parametrize("family", ["gpt_oss", "bloom"])  # sinks in the softmax; attention that does not go through the interface
+def test_under_autocast_statistics_of_the_logits_are_those_in_fp32():
+    """An entropy that went through bf16 would be off by more than it changes in an update, and TEPO's mask is the sign of that change."""
+    logits = 5 + 3 * torch.randn(8, 1000, generator=torch.Generator().manual_seed(0))
+    targets = torch.arange(8)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = LogProb.apply(logits, targets)
+    for a, b in zip(found, LogProb.apply(logits, targets)):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_no_mask_over_all_packed_tokens_is_ever_made(family):
+    """It would be [N, N], and nothing looks at it."""
+    from transformers import AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    model, made = build_model(family), []
+    prepare(model)
+    AttentionMaskInterface.register(attention.NAME, lambda *arguments, **options: made.append(options) or sdpa_mask(*arguments, **options))
+    try:
+        samples = sample_with(model)
+        score(model, collate(samples, "cpu"), 1.0)
+        assert not made
+        model(input_ids=torch.tensor([[1, 2, 3]]), attention_mask=torch.tensor([[0, 1, 1]]))
+        assert made  # for others
+    finally:
+        AttentionMaskInterface.register(attention.NAME, sdpa_mask)
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "bloom", "qwen2_moe"])  # sinks in the softmax; not through the interface; a window in the mask only
 def test_attention_that_is_not_known_is_refused_by_name(family):
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -119,6 +149,9 @@ def test_attention_that_is_not_known_is_refused_by_name(family):
         "gpt_oss": dict(hidden_size=32, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
                         num_local_experts=2, num_experts_per_tok=1, layer_types=["full_attention"], initializer_range=0.3),
         "bloom": dict(hidden_size=32, n_layer=1, n_head=2, initializer_range=0.3),
+        "qwen2_moe": dict(hidden_size=32, intermediate_size=16, moe_intermediate_size=16, shared_expert_intermediate_size=16, num_hidden_layers=1,
+                          num_attention_heads=2, num_key_value_heads=1, num_experts=2, num_experts_per_tok=1, sliding_window=9,
+                          use_sliding_window=True, layer_types=["sliding_attention"], initializer_range=0.3),
     }[family]  # fmt: skip
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, vocab_size=VOCAB, pad_token_id=0, eos_token_id=0, **small)).eval()

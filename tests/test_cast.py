@@ -604,7 +604,7 @@ def test_the_answer_follows_the_numbers():
     ("--tune --skip 1.5", "share of the heads"),
     ("--tune --compare", "one after the other"),
     ("--diagnose --threads -1", "at least 0"),
-    ("--diagnose --examples 0", "at least 1"),
+    ("--diagnose --examples 1", "at least 2"),
     ("--tune --steps 0", "at least 1"),
     ("--tune --learning-rate -1", "above 0"),
     ("--diagnose --model no/such/model/dir", "no/such/model/dir"),

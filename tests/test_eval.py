@@ -97,6 +97,7 @@ def test_held_out_problems_are_not_in_the_training_stream():
     ("--max-completion-length -3", "at least 1"),
     ("--limit -499", "at least 0"),
     ("--max-completion-length 600", "512 positions"),
+    ("--num-samples 8 --batch-size 4", "at least 8"),
     ("--protocol tepo --num-samples 4", "leave them out"),
     ("--model no/such/dir/here", "no such directory"),
     ("--refusal harmful,no-such-set", "no-such-set: unknown"),

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from models import load_model, sampling_copy, stop_token_ids
+from data import UserError
+from models import check_positions, load_model, resolve_model, sampling_copy, stop_token_ids
 from rollout import collate, score
-from tests.conftest import build_model
+from tests.conftest import ROOT, build_model
 from tests.test_rollout import gradients, sample_with
 
 
@@ -53,3 +54,18 @@ def test_stop_tokens_come_from_the_tokenizer_and_the_generation_config():
     assert stop_token_ids(model, chat) == sorted({chat.eos_token_id, end}) and stop_token_ids(model, plain) == [plain.eos_token_id]
     model.generation_config.eos_token_id = [7]
     assert stop_token_ids(model, chat) == sorted({7, chat.eos_token_id, end}) and model.generation_config.eos_token_id == [7]  # saved with the model
+
+
+def test_positions_end_where_rotary_frequencies_would_change():
+    """Beyond, the frequencies depend on the longest sample of a batch, and the log-probs of all others with them."""
+    long = dict(rope_type="longrope", rope_theta=1e4, long_factor=[2.0] * 4, short_factor=[1.0] * 4)
+    for model, limit in ((build_model("phi3", rope_parameters=long, original_max_position_embeddings=64), 64), (build_model("phi3"), 128), (build_model("gpt2"), 128)):
+        check_positions(model, limit)
+        with pytest.raises(UserError, match=f"{limit} positions"):
+            check_positions(model, limit + 1)
+
+
+def test_tiny_is_the_embedded_model_also_beside_a_folder_of_that_name(tmp_path, monkeypatch):
+    (tmp_path / "tiny").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert resolve_model("tiny") == str(ROOT / "tiny") and resolve_model("./tiny") == "tiny"
