@@ -8,6 +8,11 @@ So the batches of rollout.py need no padding, and hold a prompt once for all its
     prefilled  the same rows of prompts, whose keys and values are kept in a cache
     cached     one new token a row, over the keys and values in the cache: to decode
 
+    model(**inputs(ids, positions, over))      transformers hands what it does not know on to every layer
+    attention(module, query, ..., over)        is what a layer calls
+    over(layer, query, key, value, window, core)   puts packed tokens, [1, H, N, d], into rows
+    core(query, key, value, sees)              is plain softmax attention over rows, see `attend`
+
 Column i of the cache is position i of its row, so that the causal mask, a sliding window and rows of unequal length are all
 one comparison of positions. With 8 completions a prompt, scoring and updating take 0.7 of the time that they take with a copy of it
 for each (2 cores, experiments/scaling.py).
@@ -33,7 +38,7 @@ def attend(query, key, value, sees, *, scaling=None, softcap=None):
     if Q == 1:  # the heads that share a key as the queries of one head: no key is copied
         query = query.reshape(B, key.shape[1], -1, d)
     causal, groups = sees is None and Q > 1, query.shape[1] // key.shape[1]
-    if not softcap and not (Q == 1 and query.device.type == "cpu"):  # for a single query, torch's attention for CPUs takes up to twice the time
+    if not softcap and not (Q == 1 and query.device.type == "cpu"):  # torch's own is slow on a CPU for a single query
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=sees, is_causal=causal, scale=scaling, enable_gqa=groups > 1)
         return out.reshape(B, H, Q, -1)
     if groups > 1:
@@ -139,7 +144,7 @@ def prefilled(rows, cache, size, length, copies):
     of `size` rows of `length` columns each.
     """
     (P, L), real = rows.shape, rows > 0
-    real[0, 0] = True  # the first token of all
+    real[0, 0] = True  # the first token of all: its place is 0 too
     inside = packed([rows], real.flatten().nonzero().squeeze(1))
 
     def over(layer, query, key, value, window, core):

@@ -15,7 +15,7 @@ For head h with parameters theta_h, before any alignment and with two calibratio
     S(h) = max(0, L_util with h zeroed - L_util)          functional sensitivity: what utility loses without the head
     C(h) = minmax(O)(h) * minmax(S)(h)                    conflict score; the heads of the top C are skipped in tuning
 
-Our readings, where the paper could not be read:
+Our readings, for what the abstract and that equation leave open:
 - theta_h is the rows of W_Q (and its bias) and the columns of W_O of head h: under grouped queries the only parameters that
   a head does not share. K and V are frozen; with --train-kv a group's K and V count to each of its heads, and train only
   if none of them is skipped. With --trainable all everything else moves too, K and V by that same rule.
@@ -27,7 +27,7 @@ Our readings, where the paper could not be read:
 - Freezing: gradients of frozen slices are zeroed before the norm is clipped, and frozen slices are restored after each
   step, because AdamW's decay and momentum move a slice even when its gradient is zero. At the end all bits are compared.
 
-First order, a safety step of size eta raises the utility loss by -eta * sum over trained heads of <g_safe(h), g_util(h)>, so
+To first order, a safety step of size eta raises the utility loss by -eta * sum over trained heads of <g_safe(h), g_util(h)>, so
 the direction alone (O) can't tell what a head costs. And whoever trains fewer heads moves less: that is why --compare looks
 at matched safety, and at as many random heads. Relatives: Zhou et al. 2024 (safety heads), Wei et al. 2024 (set differences
 of weights), PCGrad (Yu et al. 2020), the "safety tax" (Huang et al. 2025).
@@ -96,7 +96,7 @@ def batches(model, samples, max_tokens, description=None):
 
     from rollout import base, collate, micro_batches
 
-    base(model)  # which runs the model once: before the hooks of scaled_heads are on
+    base(model)  # attention.py's rows; it runs the model once, so before the hooks of scaled_heads are on
     packed = micro_batches([{**sample, "row": row} for row, sample in enumerate(samples)], max_tokens)
     for rows in tqdm(packed, desc=description, leave=False, disable=None if description else True):
         yield [row["row"] for row in rows], collate(rows, model.device, share_prompts=False)

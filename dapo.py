@@ -24,7 +24,7 @@ from grpo import clipped_objective, group_advantages, k3, log_ratio, show, worke
 def dapo_loss(logp, old_logp, advantages, mask, *, num_tokens, epsilon_low=0.2, epsilon_high=0.28):
     """The DAPO loss of a (micro-)batch: the mean over all its tokens. Arguments and result as in grpo.grpo_loss.
 
-    num_tokens: the True entries of the mask of the WHOLE batch.
+    num_tokens: the True entries of the mask in all micro-batches of one optimizer step together (not of the whole rollout).
     """
     ratio = log_ratio(logp, old_logp, mask).exp()  # [B, T]
     objective, clip_low, clip_high = clipped_objective(ratio, advantages, epsilon_low, epsilon_high)

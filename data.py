@@ -119,7 +119,7 @@ def folder_rows(path, config, split, hub_id=None):
         if hub_id:
             raise UserError(
                 f"{hub_id} cannot be loaded ({why}); without a network: run `hf download {hub_id} --repo-type dataset --local-dir "
-                f"FOLDER/{hub_id}` on a machine that has one, copy FOLDER here and set DATA_DIR=FOLDER"
+                f"FOLDER/{hub_id}` on a machine that has one, copy FOLDER here and give --data-root FOLDER (or set DATA_DIR)"
             ) from None
         raise UserError(f"{path}: no data set that can be loaded as config {config}, split {split} ({why})") from None
     for batch in rows.with_format("arrow").iter(10_000):  # about ten times as fast as row by row

@@ -82,8 +82,8 @@ def grpo_loss(logp, old_logp, advantages, mask, *, num_sequences, epsilon_low=0.
     """The GRPO loss of a (micro-)batch: the mean over a completion's tokens first, then the mean over completions.
 
     logp: [B, T] log-probs of the sampled tokens under the policy, with gradient; old_logp: [B, T] the same under the
-    policy that sampled; advantages: [B]; mask: bool [B, T]; num_sequences: completions with at least one token in the
-    WHOLE batch; beta, ref_logp: weight and [B, T] log-probs of the frozen reference (needed only when beta > 0).
+    policy that sampled; advantages: [B]; mask: bool [B, T]; num_sequences: completions with at least one token in all
+    micro-batches of one optimizer step together; beta, ref_logp: weight and [B, T] log-probs of the frozen reference (needed only when beta > 0).
 
     Returns the scalar loss and a dict of detached [B, T] tensors for the log: ratio, clip_low, clip_high, kl (the k3
     to the reference; to the old policy when beta is 0), kl_mask (where a KL term has weight). Raises ValueError when

@@ -159,7 +159,7 @@ def memory_estimate(model, device, args, longest_prompt):
     size = 2 if device.type == "cuda" else 4  # bytes of a number in autocast's precision
     cache = 2 * layers * heads * head_dim(config) * size * rows * (longest_prompt + args.max_completion_length)
     inner = getattr(config, "intermediate_size", None) or 4 * width
-    layer = 37 * width + 4 * size * inner  # bytes a token, counted with saved_tensors_hooks
+    layer = 37 * width + 4 * size * inner  # bytes a token, counted once with saved_tensors_hooks
     kept = layers * 4 * width + layer if args.gradient_checkpointing else layers * layer
     packed = sum(module.weight.numel() * 4 for module in model.modules() if isinstance(module, OneDNNLinear) and module.few)
     cache += max(0, packed - 4 * trained)  # `packed_weights`, less the gradients, which are not there at that time
@@ -179,7 +179,8 @@ def stop_token_ids(model, tokenizer):
 def positions_of(model):
     """How many tokens prompt and completion can be together: the model's positions, or None where it names no limit.
 
-    Or as far as its rotary frequencies stay the same: beyond, one long sample would change the log-probs of its whole batch.
+    With longrope or dynamic scaling, as far as the rotary frequencies do not change: beyond, one long sample would change the
+    log-probs of its whole batch.
     """
     config = model.config
     limit, rope = getattr(config, "max_position_embeddings", None), getattr(config, "rope_parameters", None) or {}

@@ -1,9 +1,9 @@
 """Fast matrix products on a CPU. The methods do not need this file: it makes linear layers faster, and nothing else.
 
 On a CPU torch multiplies fp32 matrices by MKL. oneDNN, which torch carries too, is twice as fast in the same precision on AMD
-processors with AVX-512, whose units MKL leaves out (2 cores of an EPYC: 460 against 200 GFLOP/s); and everywhere a product of few
-rows, as in decoding, is faster where the weight was packed beforehand (a Llama of 25M parameters decodes in 0.62 of the time on an EPYC
-without AVX-512). `use_fastest_product` measures both and takes oneDNN where it is clearly ahead.
+processors with AVX-512, whose units MKL leaves out (measured once on 2 cores of an EPYC: 460 against 200 GFLOP/s); and everywhere a product of few
+rows, as in decoding, is faster where the weight was packed beforehand (measured once, a Llama of 25M parameters on an EPYC without
+AVX-512: it decodes in 0.62 of the time). `use_fastest_product` measures both and takes oneDNN where it is clearly ahead.
 """
 
 import time

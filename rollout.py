@@ -109,6 +109,7 @@ def sample(model, prompts, num_generations, *, max_completion_length, temperatur
     lengths = torch.full((B,), T, device=device)
     truncated = torch.ones(B, dtype=torch.bool, device=device)  # until the row ends by a stop token
     rows = torch.arange(B, device=device)  # those in the batch
+    # Column i of the cache is position i of its row; of the `columns` that there are, those up to the longest row's are looked at.
     with nullcontext() if graphs else packed_weights(model, B):
         for t in range(T):
             token, logp = draw(logits, uniforms[t, rows], temperature)
@@ -141,9 +142,21 @@ def sample(model, prompts, num_generations, *, max_completion_length, temperatur
 def collate(samples, device, share_prompts=True):
     """Samples as tensors for `score` and the losses: their tokens end to end, a prompt once for the neighbours that share it.
 
-    The last token of a completion predicts nothing and is left out. Returns a dict: input_ids and position_ids [1, N]; row [N], the
-    sample that a token was laid down for; rows, a list of [R, L], and back [N], see attention.packed; predicts [n], where the completion
-    tokens are predicted, and targets [n], which they are, sample by sample; mask bool [B, T]. The mask comes from the completions' lengths, never from comparing ids with the padding token, which ends the text of many models.
+    The last token of a completion predicts nothing and is left out. Prompt 10 11 with the completions 20 21 22 and 30 31 gives
+
+        input_ids     10 11 20 21 30    [1, N]
+        position_ids   0  1  2  3  2    [1, N]
+        row            0  0  0  0  1    [N]     the sample that a token was laid down for
+        rows          0 1 4 .           [R, L]  where the tokens of a row stand, shortest row first; a list, by like lengths
+                      0 1 2 3
+        back           4  5  6  7  2    [N]     where a token's output stands among those of all rows
+        predicts       1  2  3  1  4    [n]     where the completion tokens are predicted, sample by sample
+        targets       20 21 22 30 31    [n]     which they are
+        mask          1 1 1             [B, T]  bool
+                      1 1 0
+
+    as a dict. The mask comes from the completions' lengths, never from comparing ids with the padding token, which ends the text
+    of many models.
     """
     ids, positions, owners, rows, predicts, targets, prompt = [], [], [], [], [], [], None
     for number, s in enumerate(samples):
@@ -193,8 +206,7 @@ class LogProb(torch.autograd.Function):
     """Log-probs [N] of the targets [N], and entropies [N] in nats without gradient, from logits [N, V].
 
     d logp / d logits = onehot(target) - softmax(logits). Written out, so that hardly more than two [N, V] tensors are alive at a
-    time and each is passed over few times: scoring 3,840 tokens of a vocabulary of 32,000 takes 0.2-0.5 GB in place of autograd's
-    0.8-1.0 (experiments/scaling.py).
+    time and each is passed over few times (experiments/scaling.py shows what scoring takes).
     """
 
     @staticmethod

@@ -1,8 +1,8 @@
 """TEPO: token-level policy optimization (Lin et al. 2026, arXiv 2604.12736). A delta on grpo.py and dapo.py.
 
 The reward is one number for a whole sequence, so TEPO gives the whole sequence one importance ratio, the geometric mean
-of its token ratios, and lets every token of the batch weigh the same. A KL term anchors only the tokens that would lose
-entropy by being rewarded.
+of its token ratios (GSPO's, arXiv 2507.18071), and, unlike GSPO, lets every token of the batch weigh the same. A KL term
+anchors only the tokens that would lose entropy by being rewarded.
 
     J = 1/(sum_i |y_i|) sum_i sum_t [ min(w_i A_i, clip(w_i, 1 - eps_low, 1 + eps_high) A_i)
                                       - beta KL(pi || pi_old)_it M_it ]                                         (Eq. 4)
@@ -49,7 +49,7 @@ def covariance_entropy_change(logp, advantages, mean_logp, mean_advantage):
     """A stand-in for dH [B, T] that needs no entropies: -(log pi - mean log pi)(A - mean A) (Appendix C.5).
 
     Only its sign is used: a likely token that is rewarded sharpens the distribution. The means are over the tokens of the
-    WHOLE batch and are passed in, so that micro-batches agree on them. It is not 0 at pi = pi_old, as the exact one is.
+    whole mini-batch and are passed in, so that micro-batches agree on them. It is not 0 at pi = pi_old, as the exact one is.
     """
     return -((logp - mean_logp) * (advantages.unsqueeze(1) - mean_advantage)).detach()
 

@@ -1,6 +1,6 @@
 """Train a language model with TEPO, GRPO or DAPO on problems whose answers can be checked. Reads from top to bottom.
 
-    python train.py --algo tepo                      # the embedded 0.4M-parameter model, two CPU cores, half a minute
+    python train.py --algo tepo                      # the embedded 0.4M-parameter model, two CPU cores, under a minute
     python train.py --algo tepo --model DIR_OR_ID    # any causal language model
 
 One step is one rollout and the optimizer updates made on it:
@@ -9,6 +9,8 @@ One step is one rollout and the optimizer updates made on it:
     2. reward   check each answer; group the rewards into advantages                            reward.is_right, grpo.group_advantages
     3. score    log-probs and entropies under the policy that sampled, kept as "old"            rollout.score
     4. update   steps_per_generation mini-batches x num_iterations epochs, one AdamW step each  grpo / dapo / tepo loss
+
+A mini-batch that is too large for one pass is cut into micro-batches, whose gradients add up.
 
 At the first update of a rollout, where pi = pi_old, TEPO and DAPO have the same gradient (and GRPO's only weighs the tokens
 by 1/|y_i|). They part at the later ones: a setting with one update per rollout can't tell them apart.
@@ -144,7 +146,7 @@ def with_adapters(model, rank, checkpoint):
 def objective(args, batch, logp, entropy, totals):
     """The loss of one micro-batch under the chosen method, and the dict of [B, T] tensors for the log (see grpo.grpo_loss).
 
-    batch: from `prepare` in `train`; logp, entropy: [B, T] under the policy; totals: the whole mini-batch's counts and means.
+    batch: from `with_old_logp` in `train`; logp, entropy: [B, T] under the policy; totals: the whole mini-batch's counts and means.
     """
     from dapo import dapo_loss
     from grpo import grpo_loss
@@ -255,20 +257,20 @@ def train(args):
         groups = [samples[i : i + args.num_generations] for i in range(0, len(samples), args.num_generations)]
         return groups, mixed_groups(torch.tensor([s["right"] for s in samples]), args.num_generations)
 
-    def prepare(samples):
+    def with_old_logp(samples):
         """A mini-batch as micro-batches with old log-probs and entropies, and the counts they share."""
         batches = []
-        for packed in micro_batches(samples, args.max_tokens_per_batch):
-            batch = collate(packed, device)
-            batch["advantages"] = torch.tensor([s["advantage"] for s in packed], device=device)
+        for part in micro_batches(samples, args.max_tokens_per_batch):
+            batch = collate(part, device)
+            batch["advantages"] = torch.tensor([s["advantage"] for s in part], device=device)
             with torch.no_grad(), autocast:
                 # The very batch that the update will use, so that the first ratio is exactly 1 in any precision.
                 batch["old_logp"], batch["old_entropy"] = score(model, batch, args.temperature)
                 if reference is not None:
                     batch["ref_logp"], _ = score(reference, batch, args.temperature)
-            sampled = torch.tensor([x for s in packed for x in s["logp"]], device=device)
+            sampled = torch.tensor([x for s in part for x in s["logp"]], device=device)
             batch["sampling_gap"] = (sampled - batch["old_logp"][batch["mask"]]).abs()
-            truncated = torch.tensor([s["truncated"] for s in packed], device=device)
+            truncated = torch.tensor([s["truncated"] for s in part], device=device)
             batch["loss_mask"] = overlong_filter(batch["mask"], truncated) if args.overlong == "filter" else batch["mask"]
             batches.append(batch)
         total = lambda value_of: sum((value_of(batch) * batch["loss_mask"]).sum().item() for batch in batches)  # noqa: E731
@@ -301,9 +303,10 @@ def train(args):
         clock.append(time.perf_counter())
 
         # 3. score: mini-batches of whole groups; after a filter there are fewer of them, as full and as even as can be
+        # (17 groups that are left of 32, and 4 mini-batches: 3 of them, of 5, 6 and 6 groups)
         count = -(-len(groups) * args.steps_per_generation // args.num_prompts)
         cuts = [i * len(groups) // count for i in range(count + 1)] if count else []
-        minis = [prepare([s for group in groups[a:b] for s in group]) for a, b in zip(cuts, cuts[1:])]
+        minis = [with_old_logp([s for group in groups[a:b] for s in group]) for a, b in zip(cuts, cuts[1:])]
         gaps = torch.cat([batch["sampling_gap"] for batches, _ in minis for batch in batches]) if minis else torch.zeros(1)
         gap = gaps.max().item()
         # In fp32 rounding is a thousand times smaller. In bf16 a rare token can be far off, but not the mean.
@@ -374,7 +377,7 @@ def train(args):
                  "answer": s["problem"]["answer"], "truncated": s["truncated"]}
                 for group in sampled[:2] for s in group[:2]
             ], mode="a")  # fmt: skip
-        # (a step of which every group was filtered out has no update, and null for what is measured while updating)
+        # A step whose groups were all filtered out makes no update; what is measured while updating is null.
         updated = "no token to learn from, no update" if not sums["tokens"] else (
             f"entropy {row['entropy']:.3f}  clip {row['clip_ratio/low'] + row['clip_ratio/high']:.4f}  kl {row['kl']:.4f}  grad {row['grad_norm']:.2f}"
         )  # fmt: skip

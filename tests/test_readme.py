@@ -96,6 +96,27 @@ def test_files_named_in_the_readme_exist():
         assert (ROOT / path).exists(), path
 
 
+def test_the_memory_table_is_what_its_command_prints():
+    done = subprocess.run([sys.executable, "experiments/memory.py"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert len(done.stdout.splitlines()) > 10 and done.stdout.strip() in README
+
+
+@pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", README, re.S))
+def test_the_examples_run(block):
+    names = {}
+    exec(block, names)
+    assert names["logp"].grad.abs().sum() > 0 and names["loss"].isfinite()
+
+
+def test_the_table_of_recipes_is_that_of_train():
+    rows = dict(re.findall(r"^\| `--([a-z-]+)` \| (.*) \|$", README, re.M))
+    for flag, text in rows.items():
+        for algo, cell in zip(("grpo", "dapo", "tepo"), text.split(" | "), strict=True):
+            value = train.ALGO[algo][flag.replace("-", "_")]
+            assert cell.startswith(f"{value:g}" if value else ("0", "no KL term")) if isinstance(value, float) else cell.startswith(value), (flag, algo)
+    assert len(rows) == 4
+
+
 def test_help_needs_no_torch():
     code = "import sys; sys.argv = ['train.py', '--help']\ntry:\n import runpy; runpy.run_path('train.py', run_name='__main__')\nexcept SystemExit: pass\nassert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     for script in ("train.py", "eval.py", "cast.py"):

@@ -1,5 +1,7 @@
 """The sampler and the scorer: same distribution, exact masks, no effect of packing, batching, caching or chunking."""
 
+import re
+
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -222,6 +224,16 @@ def test_changing_a_token_changes_its_own_log_prob_and_none_before_it(models, fa
     torch.testing.assert_close(logp[0, :t], logp[1, :t], rtol=0, atol=1e-5)
     torch.testing.assert_close(entropy[0, : t + 1], entropy[1, : t + 1], rtol=0, atol=1e-5)  # a token does not predict itself
     assert logp[0, t] != logp[1, t]
+
+
+def test_the_example_of_collate_is_what_it_returns():
+    samples = [{"prompt_ids": [10, 11], "completion_ids": c} for c in ([20, 21, 22], [30, 31])]
+    batch = {name: value[0] if name == "rows" else value for name, value in collate(samples, "cpu").items()}
+    numbers = lambda text: [int(x) for x in text.replace(".", "0").split()]  # noqa: E731
+    lines = {name: numbers(text) for name, text in re.findall(r"^ +(\w+) +((?:[\d.]+ +)+)\[", collate.__doc__, re.M)}
+    assert set(lines) == set(batch)
+    lines["rows"], lines["mask"] = lines["rows"] + [0, 1, 2, 3], lines["mask"] + [1, 1, 0]
+    assert lines == {name: value.int().flatten().tolist() for name, value in batch.items()}
 
 
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=8))
