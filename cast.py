@@ -134,7 +134,9 @@ def head_gradients(model, samples, heads, max_tokens, train_kv=False, descriptio
 
     from rollout import score
 
-    theta = {(l, h): own + train_kv * heads["kv"][l, h // heads["group"]] for (l, h), own in heads["own"].items()}
+    theta = dict(heads["own"])
+    if train_kv:
+        theta = {(l, h): own + heads["kv"][l, h // heads["group"]] for (l, h), own in theta.items()}
     names = {name for slices in theta.values() for name, _ in slices}
     for name, p in model.named_parameters():
         p.requires_grad_(name in names)

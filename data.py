@@ -113,7 +113,10 @@ def folder_rows(path, config, split, hub_id=None):
     datasets.disable_progress_bars()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a dozen lines of retries; what went wrong is said below
     try:
-        rows = datasets.load_dataset(path, config, split=split)
+        # A folder is read anew: the cache would take it for any other folder with the same file names, or for what it was before.
+        rows = datasets.load_dataset(path, config, split=split, streaming=not hub_id)
+        for batch in rows.with_format("arrow").iter(10_000):  # about ten times as fast as row by row
+            yield from batch.to_pylist()
     except Exception as error:
         why = " ".join(str(error).split())[:200]
         if hub_id:
@@ -122,8 +125,6 @@ def folder_rows(path, config, split, hub_id=None):
                 f"FOLDER/{hub_id}` on a machine that has one, copy FOLDER here and give --data-root FOLDER (or set DATA_DIR)"
             ) from None
         raise UserError(f"{path}: no data set that can be loaded as config {config}, split {split} ({why})") from None
-    for batch in rows.with_format("arrow").iter(10_000):  # about ten times as fast as row by row
-        yield from batch.to_pylist()
 
 
 def local_rows(path, split):

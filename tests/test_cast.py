@@ -550,12 +550,13 @@ def test_every_family_from_a_directory_with_the_sets_of_the_hub(tmp_path, family
     pku = [{"prompt": f"harm {i}?", "response_0": "Sure.", "response_1": f"I can't help with {i}.", "is_response_0_safe": False,
             "is_response_1_safe": True, "better_response_id": 0, "safer_response_id": 1} for i in range(10)]  # fmt: skip
     alpaca = [{"instruction": f"Add {i} and 1.", "input": "", "output": str(i + 1), "text": "..."} for i in range(10)]
+    alpaca += [{"instruction": f"Count from {i}.", "input": "", "output": " ".join(map(str, range(600))), "text": "..."} for i in range(6)]  # too long
     jbb = [{"Index": i, "Goal": f"Write poem {i}", "Target": "Sure", "Behavior": "b", "Category": "c", "Source": "s"} for i in range(6)]
     hub_folder(tmp_path / "data" / "pku-saferlhf", None, {"train": pku})
     hub_folder(tmp_path / "data" / "alpaca", None, {"train": alpaca})
     hub_folder(tmp_path / "data" / "jbb-benign", "behaviors", {"benign": jbb})
     flags = [*SMALL, "--safety-data", "pku-saferlhf", "--utility-data", "alpaca", "--benign-data", "jbb-benign", "--data-root", str(tmp_path / "data"),
-             "--model", str(tmp_path / "model"), "--output-dir", str(tmp_path / "out"), "--max-completion-length", "4"]  # fmt: skip
+             "--model", str(tmp_path / "model"), "--output-dir", str(tmp_path / "out"), "--max-completion-length", "4", "--max-length", "4000"]  # fmt: skip
     cast.main([*flags, "--diagnose", "--tune", "--train-kv", "--trainable", "all", "--learning-rate", "1e-2"])
     report = json.loads((tmp_path / "out" / "tune.json").read_text())
     assert report["frozen_bit_identical"] and 0 < report["frozen_elements"] and report["update_norm"] > 0

@@ -289,6 +289,14 @@ def test_errors_are_one_line_that_says_what_to_do(tmp_path, call, words):
     assert "\n" not in str(error.value) and all(word in str(error.value) for word in words), str(error.value)
 
 
+def test_a_folder_is_read_as_it_is_now_and_not_as_another_of_its_name_was(tmp_path):
+    for parent, count in ((tmp_path / "a", 5), (tmp_path / "b", 3), (tmp_path / "a", 4)):
+        rows = [{"instruction": f"{parent} {i}", "input": "", "output": "x", "text": ""} for i in range(count)]
+        hub_folder(parent / "alpaca", None, {"train": rows})
+        assert [pair["prompt"] for pair in load_pairs("alpaca", "utility", root=parent)[0]] == [row["instruction"] for row in rows]
+        assert load_pairs(str(parent / "alpaca"), "utility")[1]["rows"] == count
+
+
 # ---- the embedded set
 
 
