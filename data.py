@@ -102,6 +102,8 @@ def gold_of(row):
 
 def load_rows(label, hub_id, config, split, root=None):
     """Yields the rows of a hub's set, from its folder under `root` where there is one. Raises UserError if it has neither."""
+    if root and not Path(root).is_dir():
+        raise UserError(f"--data-root {root} (or DATA_DIR): there is no such folder")
     folder = next((str(path) for name in (label, hub_id) if root and (path := Path(root) / name).is_dir()), None)
     yield from folder_rows(folder or hub_id, config, split, None if folder else hub_id)
 

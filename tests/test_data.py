@@ -273,6 +273,7 @@ def test_pairs_of_the_hub_are_read_from_a_local_copy(tmp_path, name, monkeypatch
     (lambda tmp: load_pairs("allenai/wildguardmix", "safety"), ["gated", "pku-saferlhf"]),
     (lambda tmp: load_pairs("walledai/XSTest", "over-refusal"), ["gated", "xstest"]),
     (lambda tmp: load_pairs("Paul/XSTest", "over-refusal"), ["Paul/XSTest", "hf download"]),
+    (lambda tmp: load_pairs("alpaca", "utility", root=tmp / "nowhere"), ["nowhere", "no such folder"]),
     (lambda tmp: load_pairs("mmlu", "utility", split="test"), ["test split", "validation"]),
     (lambda tmp: load_pairs("alpaca", "safety"), ["utility set", "pku-saferlhf"]),
     (lambda tmp: load_pairs("alpaca", "utility"), ["tatsu-lab/alpaca", "hf download"]),
