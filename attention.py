@@ -90,11 +90,11 @@ def prepare(model):
         model.eval()
         expected = model.base_model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
         model.set_attn_implementation(NAME)
-        core, windows = packed([rows], rows.flatten()), {}
+        inside, windows = packed([rows], rows.flatten()), {}
 
-        def over(layer, query, key, value, window, attend):
+        def over(layer, query, key, value, window, core):
             windows[layer] = window
-            return core(layer, query, key, value, window, attend)
+            return inside(layer, query, key, value, window, core)
 
         try:
             found = model.base_model(**inputs(ids.view(1, 6), positions.repeat(2).unsqueeze(0), over)).last_hidden_state[0]

@@ -560,7 +560,7 @@ def main(argv=None):
     device, name, directory = pick_device(args.device), resolve_model(args.model), Path(args.output_dir)
     tokenizer, model = load_tokenizer(name), load_model(name, device)
     heads = find_heads(model)
-    args.max_length = min(args.max_length, (positions_of(model) or math.inf) - args.max_completion_length)
+    args.max_length = min(args.max_length, positions_of(model) - args.max_completion_length)
     if device.type == "cpu":
         torch.set_num_threads(args.threads or fastest_thread_count(model))
     if args.compare:

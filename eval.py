@@ -30,6 +30,7 @@ from data import UserError
 from reward import extract_answer, is_right, normalise
 from runs import add_run_flags, at_least, check_output_dir, is_embedded, open_output_dir, parse_resumable, read_jsonl, run_script, write_json, write_jsonl
 
+REFUSAL_TOKENS = 64  # of an answer whose opening is judged, at most
 MANY_SAMPLES = ("aime24", "aime25", "amc23", "amc")  # small sets: the paper samples them 32 times
 
 
@@ -225,7 +226,7 @@ def refusal_rates(model, tokenizer, sets, args):
     """
     rates = {}
     for name, problems in sets.items():
-        options = dict(max_completion_length=min(64, args.max_completion_length), max_tokens=64 * args.batch_size)
+        options = dict(max_completion_length=min(REFUSAL_TOKENS, args.max_completion_length), max_tokens=64 * args.batch_size)
         texts = greedy(model, tokenizer, problems, **options)
         shares = [sum(map(judge, texts)) / len(texts) for judge in (is_refusal, is_degenerate)]
         rates[name] = {"prompts": len(texts), "refusal_rate": shares[0], "degenerate": shares[1]}
@@ -294,11 +295,11 @@ def main(argv=None):
         print(f"  {len(sets[part])} problems x {n} samples at temperature {temperature}")
     asked = {part: refusal_prompts(part, tokenizer, args) for part in (args.refusal or "").split(",") if part}
     model = load_model(name, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    longest = max(len(problem["prompt_ids"]) for problems in (*sets.values(), *asked.values()) for problem in problems)
+    longest, longest_asked = (max((len(p["prompt_ids"]) for part in parts.values() for p in part), default=0) for parts in (sets, asked))
     if args.max_completion_length is None:
-        positions = positions_of(model) or 10**9
+        positions = positions_of(model)
         args.max_completion_length = max(1, min(8192, positions // 2, positions - longest))
-    check_positions(model, longest + args.max_completion_length)
+    check_positions(model, max(longest + args.max_completion_length, longest_asked + min(REFUSAL_TOKENS, args.max_completion_length)))
     directory = open_output_dir(args, "eval")
     if device.type == "cpu":
         torch.set_num_threads(args.threads or fastest_thread_count(model))

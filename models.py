@@ -177,13 +177,13 @@ def stop_token_ids(model, tokenizer):
 
 
 def positions_of(model):
-    """How many tokens prompt and completion can be together: the model's positions, or None where it names no limit.
+    """How many tokens prompt and completion can be together: the model's positions, or a billion where it names no limit.
 
     With longrope or dynamic scaling, as far as the rotary frequencies do not change: beyond, one long sample would change the
     log-probs of its whole batch.
     """
     config = model.config
-    limit, rope = getattr(config, "max_position_embeddings", None), getattr(config, "rope_parameters", None) or {}
+    limit, rope = getattr(config, "max_position_embeddings", None) or 10**9, getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") in ("longrope", "dynamic"):
         return rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None) or limit
     return limit
@@ -192,6 +192,6 @@ def positions_of(model):
 def check_positions(model, tokens):
     """Raises UserError when prompt and completion together can be longer than the model has positions for."""
     limit = positions_of(model)
-    if limit and tokens > limit:
+    if tokens > limit:
         raise UserError(f"prompt and completion can take {tokens} tokens and the model has {limit} positions: "
                         "lower --max-completion-length, or --max-prompt-length (longer prompts are left out)")  # fmt: skip
