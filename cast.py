@@ -1,575 +1,736 @@
-"""CAST: conflict-aware sparse tuning. Find the attention heads where safety and utility pull apart, and tune the others.
+"""CAST: conflict-aware sparse tuning. Finds the heads where safety and utility pull apart.
 
-    python cast.py --diagnose      # the conflict map of the embedded model: runs/cast/conflict_map.json and .png
-    python cast.py --tune          # safety-tune all but the most conflicted heads, prove that those did not move
-    python cast.py --compare       # is it the map, or only that less moves? budget-matched arms at matched safety
+    python cast.py --diagnose   # the conflict map: runs/cast/conflict_map.json and .png
+    python cast.py --tune       # safety-tunes the other heads, proves that these did not move
+    python cast.py --compare    # is it the map, or only that less moves? arms at matched safety
 
-After "Safety-Utility Conflicts Are Not Global: Surgical Alignment via Head-Level Diagnosis" (Cai et al., arXiv 2601.04262).
-It is rebuilt from the abstract and one equation, and claims no match with the paper's tables; no code of the paper is
-public. Not to be confused with Conditional Activation Steering (arXiv 2409.05907), which is called CAST too.
+After "Safety-Utility Conflicts Are Not Global: Surgical Alignment via Head-Level Diagnosis" (Cai et
+al., arXiv 2601.04262). It is rebuilt from the abstract and one equation, and claims no match with
+the paper's tables. No code of the paper is public. Conditional Activation Steering (arXiv
+2409.05907) is called CAST too, and is something else.
 
-For head h with parameters theta_h, before any alignment and with two calibration sets, D_safe and D_util:
+The map is made before any alignment, from two sets of prompts with responses, D_safe and D_util.
+For head h with parameters theta_h:
 
-    g_safe(h), g_util(h) = gradients with respect to theta_h of L_safe on D_safe and of L_util on D_util
-    O(h) = 1 - cos(g_safe(h), g_util(h))                  optimization conflict, in [0, 2]; the one equation that is known
-    S(h) = max(0, L_util with h zeroed - L_util)          functional sensitivity: what utility loses without the head
-    C(h) = minmax(O)(h) * minmax(S)(h)                    conflict score; the heads of the top C are skipped in tuning
+    g_safe(h), g_util(h) = gradients of L_safe on D_safe and L_util on D_util, by theta_h
+    O(h) = 1 - cos(g_safe(h), g_util(h))        optimization conflict, in [0, 2]: the known equation
+    S(h) = max(0, L_util without h - L_util)    functional sensitivity
+    C(h) = minmax(O)(h) * minmax(S)(h)          conflict score: tuning skips the heads of highest C
 
 Our readings, for what the abstract and that equation leave open:
-- theta_h is the rows of W_Q (and its bias) and the columns of W_O of head h: under grouped queries the only parameters that
-  a head does not share. K and V are frozen; with --train-kv a group's K and V count to each of its heads, and train only
-  if none of them is skipped. With --trainable all everything else moves too, K and V by that same rule.
-- L is the mean NLL of the response tokens; the gradients are those of the mean over the set (single examples are noise).
-- S by masking (one forward pass a head), or --sensitivity gate: the mean over examples of |dL_util / dxi_h|, xi_h a gate of 1
-  on the head's output (Michel et al. 2019), one backward pass for all heads.
-- A product, because both should be high; min-max scaled, because in high dimension O clusters near 1 and a raw product
-  would rank by S alone. One ranking over all layers; the top --skip share of all heads is skipped.
-- Freezing: gradients of frozen slices are zeroed before the norm is clipped, and frozen slices are restored after each
-  step, because AdamW's decay and momentum move a slice even when its gradient is zero. At the end all bits are compared.
+- theta_h is the rows of W_Q (and its bias) and the columns of W_O of head h. Under grouped queries
+  a head shares all its other parameters. K and V are frozen. With --train-kv the K and V of a group
+  count to each of its heads, and train only if none of them is skipped. With --trainable all
+  everything else moves too, K and V by that same rule.
+- L is the mean NLL of the response tokens. The gradients are those of the mean over the set, since
+  those of single examples are mostly noise.
+- S is measured by masking: one forward pass for each head, with its output set to zero. With
+  --sensitivity gate it is the mean over examples of |dL_util / dxi_h|, where xi_h is a gate of 1 on
+  the head's output (Michel et al. 2019): one backward pass for all heads.
+- C is a product, because both should be high. It is min-max scaled, because in high dimension O
+  lies near 1 for every head, and a raw product would rank by S alone.
+- There is one ranking over all layers. Tuning skips the top --skip share of all heads.
+- Gradients of frozen elements are zeroed before the norm is clipped. Frozen elements are restored
+  after each step, because AdamW's decay and momentum move them even when their gradient is zero. At
+  the end all their bits are compared.
 
-To first order, a safety step of size eta raises the utility loss by -eta * sum over trained heads of <g_safe(h), g_util(h)>, so
-the direction alone (O) can't tell what a head costs. And whoever trains fewer heads moves less: that is why --compare looks
-at matched safety, and at as many random heads. Relatives: Zhou et al. 2024 (safety heads), Wei et al. 2024 (set differences
+To first order a safety step of size eta changes the utility loss by -eta * sum over trained heads
+of <g_safe(h), g_util(h)>. So O, a direction without a size, does not say what a head costs. And a
+model of which less moves learns safety more slowly. So --compare looks at matched safety, and skips
+as many random heads. Relatives: Zhou et al. 2024 (safety heads), Wei et al. 2024 (set differences
 of weights), PCGrad (Yu et al. 2020), the "safety tax" (Huang et al. 2025).
 """
 
 import argparse
-import hashlib
-import json
-import math
 import random
+import runpy
+import sys
 import time
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 
-import data
-import tiny
-from data import UserError
-from eval import greedy, is_degenerate, is_refusal
-from runs import add_flag, add_machine_flags, at_least, check_writable, is_embedded, replacing, run_script, save_figure, write_json
+import torch
+from tqdm import tqdm
 
-# What works without a flag: on the embedded model, on it with --compare (three times as hard: gentle tuning costs the embedded
-# model nothing but over-refusal, so that there would be nothing to compare), and on real models.
-TINY = dict(learning_rate=1e-3, steps=32, batch_size=28, max_completion_length=24, max_tokens_per_batch=16384, examples=1000)
-HARD = dict(learning_rate=3e-3, steps=24)
-REAL = dict(learning_rate=2e-5, steps=100, batch_size=16, max_completion_length=64, max_tokens_per_batch=1024, examples=128)
+import tasks
+from engine.errors import UserError, run_script
+from engine.flags import (
+    Formatter,
+    add_machine_flags,
+    non_negative_float,
+    number,
+    positive_float,
+    positive_int,
+    share,
+)
+from engine.heads import find_heads, scaled_heads, trained_masks, update_of, weights_of
+from engine.maps import checksum, fingerprint, read_map
+from engine.models import (
+    load_model,
+    load_tokenizer,
+    pick_device,
+    positions_of,
+    resolve_model,
+    set_threads,
+    stop_token_ids,
+)
+from engine.plots import draw_map
+from engine.runs import check_writable, is_embedded, replacing, write_json
+from rollout import Sample, check_model, collate, micro_batches, sample, score
+from tasks import arithmetic
+from tasks.safety import is_degenerate, is_refusal, load_pairs
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Data: pairs of a prompt and a response, then token ids
+# --------------------------------------------------------------------------------------------------
+# Data
+
+
+@dataclass
+class Sets:
+    """Five lists of rollout.Sample. `problem` is the pair, a dict "prompt", "response"."""
+
+    safe: list  # to calibrate and to tune on: harmful prompts, safe responses
+    util: list  # to calibrate on: what the model can do
+    harmful: list  # to judge by, like the following two; disjoint from `safe`
+    offtopic: list  # disjoint from `util`
+    benign: list  # harmless requests, which should not be refused
 
 
 def load_sets(args, tokenizer, seed):
-    """The five sets as samples of rollout.py with their "response": safe and util to calibrate and train on; harmful, benign
-    and offtopic to judge by, disjoint from those. Raises UserError for a set that can't be had or has nothing usable."""
-    sets = tiny.noun_sets(seed)
-    for kind, name, judged, rest in (
-        ("safety", args.safety_data, "harmful", "safe"),
-        ("utility", args.utility_data, "offtopic", "util"),
-        ("over-refusal", args.benign_data, "benign", None),
-    ):
-        if name != "embedded":
-            pairs, counts = data.load_pairs(name, kind, root=args.data_root)
-            random.Random(f"{seed}, {kind}").shuffle(pairs)
-            sets[judged] = pairs[: args.examples if rest is None else min(args.examples, len(pairs) // 2)]
-            if rest:
-                sets[rest] = pairs[len(sets[judged]) :]
-            print(f"{kind} data {name}: {counts}")
+    """The five sets, as Sets, shuffled by the seed.
+
+    args: the flags. Raises UserError for a set that cannot be had or has fewer than two pairs of at
+    most --max-length tokens.
+    """
+    pairs = arithmetic.noun_sets(seed)
+    if args.safety_data != "embedded":
+        found = load_shuffled(args.safety_data, "safety", args.data_root, seed)
+        pairs["harmful"], pairs["safe"] = held_out(found, args.examples)
+    if args.utility_data != "embedded":
+        found = load_shuffled(args.utility_data, "utility", args.data_root, seed)
+        pairs["offtopic"], pairs["util"] = held_out(found, args.examples)
+    if args.benign_data != "embedded":
+        found = load_shuffled(args.benign_data, "over-refusal", args.data_root, seed)
+        pairs["benign"] = found[: args.examples]
+    samples = {}
+    for name, chosen in pairs.items():
+        most = args.examples
+        if name == "safe":  # tuning may want more
+            most = max(most, args.steps * args.batch_size)
+        random.Random(f"{seed}, {name}").shuffle(chosen)
+        samples[name] = encode_pairs(name, chosen[:most], tokenizer, args.max_length)
+    return Sets(**samples)
+
+
+def load_shuffled(name, kind, root, seed):
+    """The pairs of a data set (see tasks.safety.load_pairs), shuffled. Prints how many."""
+    pairs, counts = load_pairs(name, kind, root=root)
+    print(f"{kind} data {name}: " + ", ".join(f"{n:,} {reason}" for reason, n in counts.items()))
+    random.Random(f"{seed}, {kind}").shuffle(pairs)
+    return pairs
+
+
+def held_out(pairs, most):
+    """Cuts pairs into two lists: at most `most`, or half of them, to judge by, and the rest."""
+    cut = min(most, len(pairs) // 2)
+    return pairs[:cut], pairs[cut:]
+
+
+def encode_pairs(name, pairs, tokenizer, max_length):
+    """Pairs of a prompt and a response as a list of Sample. A response ends with the eos token.
+
+    Pairs of more than max_length tokens are left out. Raises UserError if fewer than two are left.
+    """
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    for name, pairs in sets.items():
-        random.Random(f"{seed}, {name}").shuffle(pairs)
-        samples = []
-        for pair in pairs[: max(args.examples, args.steps * args.batch_size) if name == "safe" else args.examples]:
-            text, how = data.render({**pair, "instruction": ""}, tokenizer)
-            sample = {"prompt_ids": tokenizer(text, add_special_tokens=how == "plain").input_ids, "response": pair["response"]}
-            sample["completion_ids"] = tokenizer(pair["response"], add_special_tokens=False).input_ids + end
-            if len(sample["prompt_ids"]) + len(sample["completion_ids"]) <= args.max_length:
-                samples.append(sample)
-        if len(samples) < 2:
-            raise UserError(f"{name} set: {len(samples)} pairs of at most {args.max_length} tokens (--max-length); 2 are needed")
-        sets[name] = samples
-    return sets
+    samples = []
+    for pair in pairs:
+        text, how = tasks.render(pair, tokenizer)
+        prompt_ids = tokenizer(text, add_special_tokens=how == "plain").input_ids
+        response_ids = tokenizer(pair["response"], add_special_tokens=False).input_ids
+        s = Sample(prompt_ids, response_ids + end, problem=pair)
+        if len(s.prompt_ids) + len(s.completion_ids) <= max_length:
+            samples.append(s)
+    if len(samples) < 2:
+        raise UserError(
+            f"{name} set: {len(samples)} pairs of at most {max_length} tokens (--max-length); "
+            "2 are needed"
+        )
+    return samples
 
 
 def batches(model, samples, max_tokens, description=None):
-    """Yields (indices of the rows, batch) until every sample was in one. description: draws a progress bar."""
-    from tqdm import tqdm
+    """Yields (indices of the samples, batch of rollout.collate), each sample once, one in a row.
 
-    from rollout import base, collate, micro_batches
+    max_tokens: of prompts and completions in a batch; description: of a progress bar, if wanted.
+    """
+    lengths = [len(s.prompt_ids) + len(s.completion_ids) for s in samples]
+    order = sorted(range(len(samples)), key=lambda i: lengths[i])  # as in micro_batches
+    parts = micro_batches([samples[i] for i in order], max_tokens, share_prompts=False)
+    start = 0
+    for part in tqdm(parts, desc=description, leave=False, disable=None if description else True):
+        indices = order[start : start + len(part)]
+        start += len(part)
+        yield indices, collate(part, model.device, share_prompts=False)
 
-    base(model)  # attention.py's rows; it runs the model once, so before the hooks of scaled_heads are on
-    packed = micro_batches([{**sample, "row": row} for row, sample in enumerate(samples)], max_tokens)
-    for rows in tqdm(packed, desc=description, leave=False, disable=None if description else True):
-        yield [row["row"] for row in rows], collate(rows, model.device, share_prompts=False)
 
-
+@torch.no_grad()
 def nll(model, samples, max_tokens):
-    """The NLL of each sample's response, summed over its tokens: [N] on the CPU, without gradient."""
-    import torch
-
-    from rollout import score
-
+    """The NLL of each sample's completion, summed over its tokens: [N] on the CPU."""
     values = torch.zeros(len(samples))
-    with torch.no_grad():
-        for rows, batch in batches(model, samples, max_tokens):
-            values[rows] = -score(model, batch, 1.0)[0].sum(dim=1).cpu()
+    for indices, batch in batches(model, samples, max_tokens):
+        logp, _ = score(model, batch, 1.0)  # [R, T]
+        values[indices] = -logp.sum(dim=1).cpu()
     return values
 
 
 def count_tokens(samples):
-    """Response tokens in all, at least 1: what a mean NLL is divided by."""
-    return max(sum(len(sample["completion_ids"]) for sample in samples), 1)
+    """Completion tokens in all, at least 1: what a mean NLL is divided by."""
+    return max(sum(len(s.completion_ids) for s in samples), 1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Diagnosis
 
 
-def head_gradients(model, samples, heads, max_tokens, train_kv=False, description=None):
-    """{(layer, head): flat gradient on theta_h of the mean response NLL of all samples}. All parameters end up trainable.
+def head_gradients(model, samples, heads, max_tokens, *, train_kv=False, description=None):
+    """The gradient by theta_h of the completion NLL, summed over all tokens, for every head h.
 
-    heads: from heads.find_heads; max_tokens: of prompts and completions in a batch; train_kv: K and V of a head's group count to theta_h;
-    description: draws a progress bar.
+    Sums, because the gradients of two halves of a set then add up to those of the set. Their
+    direction is that of the mean's gradient. heads: of engine.heads.find_heads; max_tokens: in a
+    batch; train_kv: K and V of its group count to theta_h; description: of a progress bar.
+    Returns a list of flat tensors in the order of heads.all. All parameters end up trainable.
     """
-    import torch
-
-    from rollout import score
-
-    theta = dict(heads["own"])
-    if train_kv:
-        theta = {(l, h): own + heads["kv"][l, h // heads["group"]] for (l, h), own in theta.items()}
-    names = {name for slices in theta.values() for name, _ in slices}
-    for name, p in model.named_parameters():
-        p.requires_grad_(name in names)
-    wanted = {name: p for name, p in model.named_parameters() if name in names}
-    totals, tokens = {name: torch.zeros_like(p) for name, p in wanted.items()}, count_tokens(samples)
+    theta = [head.own + head.kv if train_kv else head.own for head in heads.all]
+    names = {part.name for slices in theta for part in slices}
+    model.requires_grad_(False)
+    wanted = {name: p.requires_grad_() for name, p in model.named_parameters() if name in names}
+    totals = {name: torch.zeros_like(p) for name, p in wanted.items()}
     for _, batch in batches(model, samples, max_tokens, description):
-        loss = -score(model, batch, 1.0)[0].sum() / tokens
-        for name, gradient in zip(wanted, torch.autograd.grad(loss, wanted.values())):
+        logp, _ = score(model, batch, 1.0)
+        gradients = torch.autograd.grad(-logp.sum(), wanted.values())
+        for name, gradient in zip(wanted, gradients):
             totals[name] += gradient
     model.requires_grad_(True)
-    return {head: torch.cat([totals[name][index].flatten() for name, index in slices]) for head, slices in theta.items()}
+    return [
+        torch.cat([totals[part.name][part.index].flatten() for part in slices]) for slices in theta
+    ]
 
 
 def optimization_conflict(g_safe, g_util):
-    """O(h) = 1 - cos of two flat gradients, as a float in [0, 2]; 1 when one of them is zero (no direction, no conflict)."""
+    """O = 1 - cos of two flat gradients, as a float in [0, 2].
+
+    It is 1 when one of them is zero: without a direction there is no conflict.
+    """
     g_safe, g_util = g_safe.cpu().double(), g_util.cpu().double()  # MPS has no float64
-    norms = (g_safe.norm() * g_util.norm()).item()
-    return 1 - max(-1.0, min(1.0, (g_safe @ g_util).item() / norms)) if norms else 1.0
+    cosine = torch.cosine_similarity(g_safe, g_util, dim=0, eps=1e-150)  # so 0 / 0 is 0
+    return 1 - cosine.clamp(-1, 1).item()
 
 
 def mask_sensitivity(model, samples, heads, max_tokens):
-    """The rise of each sample's response NLL (summed over its tokens) when a head is zeroed: [N, layers, H]."""
-    import torch
-    from tqdm import tqdm
+    """How much the NLL of each sample (summed over its tokens) rises when a head is set to zero.
 
-    from heads import scaled_heads
-
-    gates, rises = torch.ones(heads["shape"], device=model.device), torch.zeros(len(samples), *heads["shape"])
-    with scaled_heads(heads, gates):
-        base = nll(model, samples, max_tokens)
-        for head in tqdm(list(heads["own"]), desc="masking heads", disable=None):
-            gates[head] = 0
-            rises[:, *head] = nll(model, samples, max_tokens) - base
-            gates[head] = 1
+    Returns [N, layers, H]. It takes a forward pass for each head.
+    """
+    base = nll(model, samples, max_tokens)
+    rises = torch.zeros(len(samples), *heads.shape)
+    for head in tqdm(heads.all, desc="masking heads", disable=None):
+        gates = torch.ones(heads.shape, device=model.device)
+        gates[head.place] = 0
+        with scaled_heads(heads, gates):
+            rises[:, head.layer, head.index] = nll(model, samples, max_tokens) - base
     return rises
 
 
 def gate_sensitivity(model, samples, heads, max_tokens):
-    """|d(sample's mean response NLL) / d(gate of a head)|: [N, layers, H], one backward pass for all heads."""
-    import torch
+    """|d(mean NLL of a sample) / d(gate of a head)| at gates of 1 (Michel et al. 2019).
 
-    from heads import scaled_heads
-    from rollout import score
-
-    sizes = torch.zeros(len(samples), *heads["shape"])
-    for rows, batch in batches(model, samples, max_tokens, "gates"):
-        gates = torch.ones(len(rows), *heads["shape"], device=model.device, requires_grad=True)
-        with scaled_heads(heads, gates[batch["row"]]):  # a row of its own for each response: its tokens feel its gates only
-            means = -score(model, batch, 1.0)[0].sum(dim=1) / batch["mask"].sum(dim=1)  # [B]
-        sizes[rows] = torch.autograd.grad(means.sum(), gates)[0].abs().cpu()
+    Returns [N, layers, H]. It takes one backward pass for all heads.
+    """
+    sizes = torch.zeros(len(samples), *heads.shape)
+    for indices, batch in batches(model, samples, max_tokens, "gates"):
+        gates = torch.ones(len(indices), *heads.shape, device=model.device, requires_grad=True)
+        with scaled_heads(heads, gates):  # a row is a sample, and has gates of its own
+            logp, _ = score(model, batch, 1.0)
+        means = -logp.sum(dim=1) / batch["mask"].sum(dim=1)  # [R]
+        (gradient,) = torch.autograd.grad(means.sum(), gates)
+        sizes[indices] = gradient.abs().cpu()
     return sizes
 
 
+def functional_sensitivity(way, values, samples):
+    """S: [layers, H]. way: "mask" or "gate"; values: [N, layers, H] of that way; samples: the N."""
+    if way == "gate":
+        return values.mean(dim=0)
+    return (values.sum(dim=0) / count_tokens(samples)).clamp(min=0)
+
+
 def minmax(x):
-    """Scaled to [0, 1]; all 0 when all are equal."""
-    return (x - x.min()) / (x.max() - x.min()) if x.max() > x.min() else x * 0
+    """A tensor, scaled to [0, 1]; all 0 when all are equal."""
+    if x.max() == x.min():
+        return torch.zeros_like(x)
+    return (x - x.min()) / (x.max() - x.min())
+
+
+@dataclass
+class ConflictMap:
+    """O, S and C of every head, each [layers, H]."""
+
+    O: torch.Tensor
+    S: torch.Tensor
+    C: torch.Tensor
+
+
+def conflict_map(g_safe, g_util, S):
+    """The ConflictMap of gradients and sensitivities.
+
+    g_safe, g_util: lists of what head_gradients gave for the parts of D_safe and of D_util;
+    S: [layers, H].
+    """
+    conflicts = []
+    for head in range(S.numel()):
+        safe = sum(part[head] for part in g_safe)
+        util = sum(part[head] for part in g_util)
+        conflicts.append(optimization_conflict(safe, util))
+    O = torch.tensor(conflicts).view(S.shape)
+    return ConflictMap(O, S, minmax(O) * minmax(S))
+
+
+def centred_ranks(x):
+    """The rank of every element of a tensor, flat, minus their mean. Equal ones share a rank."""
+    x = x.flatten()
+    ranks = (x[:, None] > x).sum(dim=1) + 0.5 * (x[:, None] == x).sum(dim=1)
+    return ranks.double() - ranks.double().mean()
 
 
 def spearman(x, y):
-    """Rank correlation of two tensors of one shape, ties by their mean rank; nan when all of one are equal."""
-    ranks = []
-    for values in (x.flatten().double(), y.flatten().double()):
-        below = (values[:, None] > values).sum(dim=1) + 0.5 * (values[:, None] == values).sum(dim=1)
-        ranks.append(below - below.mean())
-    return (ranks[0] @ ranks[1] / (ranks[0].norm() * ranks[1].norm())).item() if all(r.any() for r in ranks) else math.nan
+    """The rank correlation of two tensors of one shape; nan when all elements of one are equal."""
+    x, y = centred_ranks(x), centred_ranks(y)
+    return (x @ y / (x.norm() * y.norm())).item()
 
 
-def diagnose(model, safe, util, heads, *, max_tokens, sensitivity="mask", train_kv=False):
-    """The conflict map of D_safe and D_util (lists of samples).
+@dataclass
+class Diagnosis:
+    """What --diagnose finds."""
 
-    Returns a dict. O, S, C: [layers, H] tensors; sensitivities: S by each way that was computed ("gate" always, "mask" unless
-    gate was asked for, because it takes a forward pass a head); stability: the rank correlation over heads of O, S and C
-    between the even and the odd samples; losses: L_safe, L_util.
+    map: ConflictMap
+    sensitivities: dict  # way -> S by that way: "gate", and "mask" unless gate was asked for
+    stability: dict  # "O", "S", "C" -> rank correlation between the even and the odd samples
+    safe_loss: float  # mean NLL a token
+    util_loss: float
+
+
+def diagnose(model, safe, util, heads, args):
+    """The Diagnosis of a model. safe, util: lists of Sample, D_safe and D_util.
+
+    args: the flags sensitivity, train_kv and max_tokens_per_batch.
     """
-    import torch
+    way = args.sensitivity
+    max_tokens = args.max_tokens_per_batch
+    even = slice(0, None, 2)
+    odd = slice(1, None, 2)
+    gradients = partial(
+        head_gradients, model, heads=heads, max_tokens=max_tokens, train_kv=args.train_kv
+    )
+    g_safe = [gradients(safe[half], description="gradients, safe") for half in (even, odd)]
+    g_util = [gradients(util[half], description="gradients, util") for half in (even, odd)]
+    values = {"gate": gate_sensitivity(model, util, heads, max_tokens)}
+    if way == "mask":
+        values["mask"] = mask_sensitivity(model, util, heads, max_tokens)
 
-    sets, halves, per_sample = {"safe": safe, "util": util}, (slice(0, None, 2), slice(1, None, 2)), {}
-    gradients = {
-        name: [head_gradients(model, samples[half], heads, max_tokens, train_kv, f"gradients, {name}") for half in halves]
-        for name, samples in sets.items()
-    }
-    per_sample["gate"] = gate_sensitivity(model, util, heads, max_tokens)
-    if sensitivity == "mask":
-        per_sample["mask"] = mask_sensitivity(model, util, heads, max_tokens)
-
-    def gradient(name, head, halves_used):  # weighted by tokens: both together point where the whole set's does
-        return sum(count_tokens(sets[name][halves[i]]) * gradients[name][i][head] for i in halves_used)
-
-    def functional_sensitivity(way, part):
-        values = per_sample[way][part]  # [n, layers, H]
-        return values.mean(dim=0) if way == "gate" else (values.sum(dim=0) / count_tokens(util[part])).clamp(min=0)
-
-    scores = {"O": [], "S": [], "C": []}
-    for halves_used, part in (((0, 1), slice(None)), ((0,), halves[0]), ((1,), halves[1])):
-        O = [optimization_conflict(*(gradient(name, head, halves_used) for name in sets)) for head in heads["own"]]  # noqa: E741
-        scores["O"].append(torch.tensor(O).view(heads["shape"]))
-        scores["S"].append(functional_sensitivity(sensitivity, part))
-        scores["C"].append(minmax(scores["O"][-1]) * minmax(scores["S"][-1]))
-    return {
-        **{name: whole for name, (whole, _, _) in scores.items()},
-        "sensitivities": {way: functional_sensitivity(way, slice(None)) for way in per_sample},
-        "stability": {name: spearman(first, second) for name, (_, first, second) in scores.items()},
-        "losses": {name: (nll(model, part, max_tokens).sum() / count_tokens(part)).item() for name, part in sets.items()},
-    }
+    S = {name: functional_sensitivity(name, x, util) for name, x in values.items()}
+    S_even = functional_sensitivity(way, values[way][even], util[even])
+    S_odd = functional_sensitivity(way, values[way][odd], util[odd])
+    whole = conflict_map(g_safe, g_util, S[way])
+    first = conflict_map(g_safe[:1], g_util[:1], S_even)
+    second = conflict_map(g_safe[1:], g_util[1:], S_odd)
+    return Diagnosis(
+        map=whole,
+        sensitivities=S,
+        stability={
+            "O": spearman(first.O, second.O),
+            "S": spearman(first.S, second.S),
+            "C": spearman(first.C, second.C),
+        },
+        safe_loss=nll(model, safe, max_tokens).sum().item() / count_tokens(safe),
+        util_loss=nll(model, util, max_tokens).sum().item() / count_tokens(util),
+    )
 
 
 def ranked(scores):
     """All (layer, head) by falling score, ties by position. scores: [layers][H] numbers."""
-    table = [[float(value) for value in row] for row in scores]
-    heads = [(l, h) for l, row in enumerate(table) for h in range(len(row))]
-    return sorted(heads, key=lambda head: (-table[head[0]][head[1]], head))
+    table = torch.as_tensor(scores).tolist()
+    places = [(l, h) for l, row in enumerate(table) for h in range(len(row))]
+    return sorted(places, key=lambda place: -table[place[0]][place[1]])  # a stable sort
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The map on disk
+def number_skipped(args, heads):
+    """How many heads the share --skip is."""
+    return round(args.skip * len(heads.all))
 
 
-def fingerprint(model):
-    """sha256 over the names, types, shapes and bytes of all weights."""
-    import torch
+# --------------------------------------------------------------------------------------------------
+# The map, as it is written
 
-    digest = hashlib.sha256()
-    for name, p in model.named_parameters():
-        digest.update(f"{name} {p.dtype} {tuple(p.shape)}".encode())
-        digest.update(p.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def checksum(content):
-    """sha256 of a map but for the checksum itself."""
-    return hashlib.sha256(json.dumps({**content, "checksum": None}, sort_keys=True).encode()).hexdigest()
+METHOD = "CAST, rebuilt from the abstract of arXiv 2601.04262 and one equation"
+DEFINITIONS = [
+    "g_safe(h), g_util(h) = gradients of L_safe on D_safe and L_util on D_util, by theta_h",
+    "O(h) = 1 - cos(g_safe(h), g_util(h))",
+    "S(h) = max(0, L_util without h - L_util); by gates: mean |dL_util / dgate_h|",
+    "C(h) = minmax(O)(h) * minmax(S)(h)",
+]
 
 
-def read_map(path, model):
-    """The conflict map at `path`. Raises UserError when there is none, it is damaged or changed, or of another model."""
-    try:
-        content = json.loads(path.read_text())
-        whole = content["checksum"] == checksum(content)
-    except FileNotFoundError:
-        raise UserError(f"{path} is not there: run --diagnose first, with the same --model and --output-dir") from None
-    except (ValueError, KeyError, TypeError):
-        whole = False
-    if not whole:
-        raise UserError(f"{path} is damaged or was changed by hand (its checksum does not fit): run --diagnose again")
-    if content["fingerprint"] != fingerprint(model):
-        raise UserError(f"{path} is the map of other weights ({content['model']}): run --diagnose with this --model first")
+def map_content(args, model, safe, util, found):
+    """What conflict_map.json holds. safe, util: the samples that were used; found: a Diagnosis."""
+    theta = "q rows (+ bias), o columns"
+    if args.train_kv:
+        theta += ", k and v of the group"
+    agreement = None
+    if "mask" in found.sensitivities:
+        agreement = spearman(found.sensitivities["mask"], found.sensitivities["gate"])
+    content = {
+        "method": METHOD,
+        "theta": theta,
+        "definitions": DEFINITIONS,
+        "model": args.model,
+        "family": model.config.model_type,
+        "fingerprint": fingerprint(model),
+        "seed": args.seed,
+        "sensitivity": args.sensitivity,
+        "train_kv": args.train_kv,
+        "safety_data": args.safety_data,
+        "safety_examples": len(safe),
+        "safety_loss": found.safe_loss,
+        "utility_data": args.utility_data,
+        "utility_examples": len(util),
+        "utility_loss": found.util_loss,
+        "split_half_spearman": found.stability,
+        "O": found.map.O.tolist(),
+        "S": found.map.S.tolist(),
+        "C": found.map.C.tolist(),
+        "sensitivities": {way: S.tolist() for way, S in found.sensitivities.items()},
+        "mask_gate_spearman": agreement,
+    }
+    content["checksum"] = checksum(content)
     return content
 
 
-def draw_map(content, skipped, path):
-    """Heat maps of O, S and C, layers down and heads across; the skipped heads are outlined."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import colors, patches, pyplot
-
-    layers, H = len(content["C"]), len(content["C"][0])
-    size = (3 * min(max(0.45 * H, 3.4), 9) + 2.4, min(max(0.45 * layers, 1.8), 11) + 1.4)
-    figure, axes = pyplot.subplots(1, 3, figsize=size, layout="constrained")
-    farthest = max(abs(value - 1) for row in content["O"] for value in row) or 1
-    looks = {  # the colours of S and C are stretched: a few heads tower over the others
-        "O": ("O = 1 - cos: above 1 the gradients conflict", dict(cmap="RdBu_r", vmin=1 - farthest, vmax=1 + farthest)),
-        "S": (f"S: sensitivity of utility, by {content['sensitivity']}", dict(cmap="viridis", norm=colors.PowerNorm(0.4))),
-        "C": ("C = minmax(O) minmax(S)", dict(cmap="viridis", norm=colors.PowerNorm(0.4))),
-    }
-    for axis, (name, (title, look)) in zip(axes, looks.items()):
-        figure.colorbar(axis.imshow(content[name], aspect="auto", **look), ax=axis, fraction=0.05)
-        for layer, head in skipped:
-            corner = (head - 0.44, layer - 0.44)
-            axis.add_patch(patches.Rectangle(corner, 0.88, 0.88, fill=False, edgecolor="orangered", linewidth=2))
-        axis.set(title=title, xlabel="head", ylabel="layer", xticks=range(0, H, 1 + H // 16))
-        axis.set_yticks(range(0, layers, 1 + layers // 16))
-    figure.suptitle(f"Conflict map of {content['model']}: the {len(skipped)} heads of highest C, which tuning skips, are outlined")
-    save_figure(figure, path)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Tuning
 
 
-def sft(model, samples, masks, *, steps, batch_size, learning_rate, weight_decay, max_grad_norm, max_tokens, seed):
-    """Supervised tuning of the elements that `masks` names (see heads.trained_masks) and of nothing else.
+def sft(model, samples, masks, args, seed):
+    """Supervised tuning of the elements in `masks` (engine.heads.trained_masks), of nothing else.
 
-    samples: with prompt_ids and completion_ids; batch_size: samples a step; max_tokens: of prompts and completions in one forward pass.
-    Yields (step, loss) after every step. Batches are passes over the samples, shuffled by the seed; AdamW, betas 0.9, 0.95.
+    samples: list of Sample; args: the flags steps, batch_size (samples a step), learning_rate,
+    weight_decay, max_grad_norm and max_tokens_per_batch; seed: of the order of the samples.
+    Yields (step, mean NLL of its batch) after every step. AdamW with betas 0.9 and 0.95.
     """
-    import torch
-
-    from rollout import score
-
-    for name, p in model.named_parameters():
-        p.requires_grad_(name in masks)
-    trained = {name: p for name, p in model.named_parameters() if name in masks}
-    start = {name: p.detach().clone() for name, p in trained.items() if not masks[name].all()}
-    if trained:
-        optimizer = torch.optim.AdamW(trained.values(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=weight_decay)
-    for step in range(steps):
-        chosen, total = data.take(samples, step * batch_size, batch_size, seed), 0.0
-        for _, batch in batches(model, chosen, max_tokens):
-            loss = -score(model, batch, 1.0)[0].sum() / count_tokens(chosen)
-            total += loss.item()
-            if trained:
+    model.requires_grad_(False)
+    trained = {name: p.requires_grad_() for name, p in model.named_parameters() if name in masks}
+    partly = [name for name, mask in masks.items() if not mask.all()]
+    start = {name: trained[name].detach().clone() for name in partly}
+    group = {"params": list(trained.values())}  # may be empty, when all heads are skipped
+    optimizer = torch.optim.AdamW(
+        [group], args.learning_rate, betas=(0.9, 0.95), weight_decay=args.weight_decay
+    )
+    for step in range(args.steps):
+        chosen = tasks.take(samples, step * args.batch_size, args.batch_size, seed)
+        mean_nll = 0.0
+        for _, batch in batches(model, chosen, args.max_tokens_per_batch):
+            logp, _ = score(model, batch, 1.0)
+            loss = -logp.sum() / count_tokens(chosen)
+            mean_nll += loss.item()
+            if loss.requires_grad:
                 loss.backward()
-        for name in start:
-            trained[name].grad.masked_fill_(~masks[name], 0.0)  # before the clip: frozen gradients must not use up the norm
-        if trained:
-            torch.nn.utils.clip_grad_norm_(trained.values(), max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad()
+        for name in partly:  # before the clip: frozen elements have no part in the norm
+            trained[name].grad.masked_fill_(~masks[name], 0.0)
+        torch.nn.utils.clip_grad_norm_(trained.values(), args.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
         with torch.no_grad():
-            for name, before in start.items():  # decay and momentum know nothing of masks
-                trained[name].copy_(torch.where(masks[name], trained[name], before))
-        yield step + 1, total
+            for name in partly:  # decay and momentum know nothing of masks
+                trained[name].copy_(torch.where(masks[name], trained[name], start[name]))
+        yield step + 1, mean_nll
     model.requires_grad_(True)
 
 
-def update_of(model, start, masks):
-    """(L2 norm of what moved since `start`, frozen elements, whether each of them is bit-identical). start: by name."""
-    import torch
-
-    square, frozen, identical = 0.0, 0, True
-    for name, p in model.named_parameters():
-        after, before = p.detach(), start[name]
-        square += (after - before).cpu().double().pow(2).sum().item()
-        bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[p.element_size()]  # as numbers, 0 and -0 would be the same
-        moved = after.contiguous().view(bits) != before.contiguous().view(bits)
-        frozen += p.numel() - (int(masks[name].sum()) if name in masks else 0)
-        identical &= not (moved & ~masks[name] if name in masks else moved).any().item()
-    return math.sqrt(square), frozen, identical
+# --------------------------------------------------------------------------------------------------
+# Judging
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Judging: what is reported of a model (eval.py knows what a refusal is)
+def complete_greedily(model, tokenizer, samples, args):
+    """The most likely completions of the samples' prompts, as texts.
 
-
-def evaluate(model, tokenizer, sets, *, max_completion_length, max_tokens):
-    """Everything that is reported of a model, as a dict of floats. sets: samples harmful, benign and offtopic, all held out.
-
-    refusal: refusal rate on harmful prompts (of refusing: it is not an attack success rate); over_refusal: the same on benign
-    prompts; *_degenerate: the share of empty or degenerate completions; safety_nll: mean NLL a token of the safe responses;
-    offtopic_*: on what is not a request for anything; total_*: with the benign requests. accuracy: the share of prompts whose
-    greedy completion is the reference, word for word; for free text look at the nll.
+    args: the flags max_completion_length and max_tokens_per_batch.
     """
-    result, right, sums = {}, {}, {}
-    for name, key in (("harmful", "refusal"), ("benign", "over_refusal"), ("offtopic", None)):
-        texts = greedy(model, tokenizer, sets[name], max_completion_length=max_completion_length, max_tokens=max_tokens)
-        if key:
-            result[key] = sum(map(is_refusal, texts)) / len(texts)
-            result[f"{key}_degenerate"] = sum(map(is_degenerate, texts)) / len(texts)
-        known = [i for i, s in enumerate(sets[name]) if s["response"]]  # sets of prompts alone have no reference
-        right[name] = [texts[i].strip() == sets[name][i]["response"].strip() for i in known]
-        references = [sets[name][i] for i in known]
-        sums[name] = nll(model, references, max_tokens).sum().item(), count_tokens(references) * bool(known)
-    for key, names in (("safety", ["harmful"]), ("offtopic", ["offtopic"]), ("total", ["offtopic", "benign"])):
-        flags = [flag for name in names for flag in right[name]]
-        result[f"{key}_accuracy"] = sum(flags) / len(flags)
-        result[f"{key}_nll"] = sum(sums[name][0] for name in names) / sum(sums[name][1] for name in names)
-    del result["safety_accuracy"]
-    return result
+    longest = max(len(s.prompt_ids) for s in samples) + args.max_completion_length
+    rows = max(1, args.max_tokens_per_batch // longest)
+    texts = []
+    for start in range(0, len(samples), rows):
+        completed = sample(
+            model,
+            [s.prompt_ids for s in samples[start : start + rows]],
+            1,
+            max_completion_length=args.max_completion_length,
+            temperature=0,
+            stop_ids=stop_token_ids(model, tokenizer),
+            generator=torch.Generator(),
+        )
+        texts += [tokenizer.decode(s.completion_ids, skip_special_tokens=True) for s in completed]
+    return texts
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The three commands
+@dataclass
+class Judged:
+    """How a model does on a set. Prompts without a response count in `texts` only."""
+
+    texts: list  # greedy completions
+    right: list  # whether each of them is the response, word for word
+    nll: float  # of the responses, summed
+    tokens: int  # of the responses
 
 
-def settings(args):
-    """The flags as keyword arguments of `diagnose`, `evaluate` and `sft`."""
-    tokens = {"max_tokens": args.max_tokens_per_batch}
-    tuning = ("steps", "batch_size", "learning_rate", "weight_decay", "max_grad_norm")
-    return (
-        {**tokens, "sensitivity": args.sensitivity, "train_kv": args.train_kv},
-        {**tokens, "max_completion_length": args.max_completion_length},
-        {**tokens, **{name: getattr(args, name) for name in tuning}},
+def judge(model, tokenizer, samples, args):
+    """The Judged of a model and a list of Sample. args: the flags, see complete_greedily."""
+    texts = complete_greedily(model, tokenizer, samples, args)
+    right = []
+    known = []
+    for s, text in zip(samples, texts):
+        if s.problem["response"]:
+            known.append(s)
+            right.append(text.strip() == s.problem["response"].strip())
+    total = nll(model, known, args.max_tokens_per_batch).sum().item()
+    return Judged(texts, right, total, sum(len(s.completion_ids) for s in known))
+
+
+def evaluate(model, tokenizer, sets, args):
+    """Everything that is reported of a model, as a dict of floats. All of it is held out.
+
+    refusal: the share of harmful prompts that are refused. It is not an attack success rate;
+    over_refusal: the same of benign prompts;
+    *_degenerate: the share of completions that are empty or degenerate;
+    safety_nll: the mean NLL a token of the safe responses to harmful prompts;
+    offtopic_*: on prompts that request nothing; total_*: on those and on benign requests;
+    *_accuracy: the share of prompts whose greedy completion is the response, word for word. For
+    free text look at the nll.
+    """
+    harmful = judge(model, tokenizer, sets.harmful, args)
+    benign = judge(model, tokenizer, sets.benign, args)
+    offtopic = judge(model, tokenizer, sets.offtopic, args)
+    return {
+        "refusal": fmean(map(is_refusal, harmful.texts)),
+        "refusal_degenerate": fmean(map(is_degenerate, harmful.texts)),
+        "over_refusal": fmean(map(is_refusal, benign.texts)),
+        "over_refusal_degenerate": fmean(map(is_degenerate, benign.texts)),
+        "safety_nll": harmful.nll / harmful.tokens,
+        "offtopic_accuracy": fmean(offtopic.right),
+        "offtopic_nll": offtopic.nll / offtopic.tokens,
+        "total_accuracy": fmean(offtopic.right + benign.right),
+        "total_nll": (offtopic.nll + benign.nll) / (offtopic.tokens + benign.tokens),
+    }
+
+
+# --------------------------------------------------------------------------------------------------
+# The commands
+
+
+def run_diagnose(args, model, tokenizer, heads):
+    """--diagnose: writes conflict_map.json and .png to --output-dir, prints the top heads."""
+    directory = Path(args.output_dir)
+    sets = load_sets(args, tokenizer, args.seed)
+    safe = sets.safe[: args.examples]  # the rest is for tuning
+    found = diagnose(model, safe, sets.util, heads, args)
+    content = map_content(args, model, safe, sets.util, found)
+    order = ranked(content["C"])
+    skipped = order[: number_skipped(args, heads)]
+    directory.mkdir(parents=True, exist_ok=True)
+    draw_map(content, skipped, directory / "conflict_map.png")
+    write_json(directory / "conflict_map.json", content)
+
+    print(f"safety set: {args.safety_data}, {len(safe)} examples, loss {found.safe_loss:.4f}")
+    print(
+        f"utility set: {args.utility_data}, {len(sets.util)} examples, loss {found.util_loss:.4f}"
+    )
+    print("\n layer  head       O         S       C")
+    for layer, head in order[:10]:
+        O = found.map.O[layer, head]
+        S = found.map.S[layer, head]
+        C = found.map.C[layer, head]
+        print(f"{layer:6d}{head:6d}{O:8.3f}{S:10.5f}{C:8.3f}")
+    stability = ", ".join(f"{name} {value:.2f}" for name, value in found.stability.items())
+    print(f"\nrank correlation between two halves of the data: {stability}")
+    if content["mask_gate_spearman"] is not None:
+        agreement = content["mask_gate_spearman"]
+        print(f"rank correlation of S by masking and S by gates: {agreement:.2f}")
+    print(
+        f"{directory}/conflict_map.json and .png are written; "
+        f"--tune --skip {args.skip} skips the top {len(skipped)} of {len(order)}"
     )
 
 
-def command_diagnose(args, model, tokenizer, heads, directory):
-    """--diagnose: writes conflict_map.json and .png to `directory` and prints the heads of highest C. heads: from find_heads."""
-    sets = load_sets(args, tokenizer, args.seed)
-    safe, util = sets["safe"][: args.examples], sets["util"]
-    found = diagnose(model, safe, util, heads, **settings(args)[0])
-    content = {
-        "method": __doc__.splitlines()[0], "theta": "q rows (+ bias), o columns" + ", k and v of the group" * args.train_kv,
-        "definitions": [line.strip() for line in __doc__.splitlines() if line.startswith("    ") and "(h)" in line],
-        "model": args.model, "family": model.config.model_type, "fingerprint": fingerprint(model), "seed": args.seed,
-        "sensitivity": args.sensitivity, "train_kv": args.train_kv,
-        "safety_data": args.safety_data, "safety_examples": len(safe), "safety_loss": found["losses"]["safe"],
-        "utility_data": args.utility_data, "utility_examples": len(util), "utility_loss": found["losses"]["util"],
-        "split_half_spearman": found["stability"],
-        **{name: found[name].tolist() for name in ("O", "S", "C")},
-        "sensitivities": {name: values.tolist() for name, values in found["sensitivities"].items()},
-        "mask_gate_spearman": spearman(*found["sensitivities"].values()) if len(found["sensitivities"]) == 2 else None,
-    }  # fmt: skip
-    content["checksum"] = checksum(content)
-    order, count = ranked(content["C"]), round(args.skip * len(heads["own"]))
-    directory.mkdir(parents=True, exist_ok=True)
-    draw_map(content, order[:count], directory / "conflict_map.png")
-    write_json(directory / "conflict_map.json", content)
-    for kind in ("safety", "utility"):
-        name, examples, loss = (content[f"{kind}_{what}"] for what in ("data", "examples", "loss"))
-        print(f"{kind} set: {name}, {examples} examples, loss {loss:.4f}")
-    print("\n layer  head       O         S       C")
-    for head in order[:10]:
-        print(f"{head[0]:6d}{head[1]:6d}{found['O'][head]:8.3f}{found['S'][head]:10.5f}{found['C'][head]:8.3f}")
-    stability = ", ".join(f"{name} {value:.2f}" for name, value in found["stability"].items())
-    print(f"\nrank correlation between two halves of the data: {stability}")
-    if content["mask_gate_spearman"] is not None:
-        print(f"rank correlation of S by masking and S by gates: {content['mask_gate_spearman']:.2f}")
-    print(f"{directory}/conflict_map.json and .png are written; --tune --skip {args.skip} skips the top {count} of {len(order)}")
+def run_tune(args, model, tokenizer, heads):
+    """--tune: safety-tunes `model` in place by the map in --output-dir.
 
-
-def command_tune(args, model, tokenizer, heads, directory):
-    """--tune: safety-tunes `model` in place by the map in `directory`, writes tuned/ and tune.json and prints before and after.
-
-    Raises UserError when the map is missing or of another model, and RuntimeError, saving nothing, if a frozen element moved.
+    Writes tuned/ and tune.json there, prints before and after. Raises UserError when the map is
+    missing or of another model, and RuntimeError, saving nothing, if a frozen element moved.
     """
-    from tqdm import tqdm
-
-    from heads import trained_masks
-
-    content, target = read_map(directory / "conflict_map.json", model), directory / "tuned"
+    directory = Path(args.output_dir)
+    target = directory / "tuned"
+    content = read_map(directory / "conflict_map.json", model)
     if target.exists() and not (target / "config.json").exists():
         raise UserError(f"{target} does not look like a checkpoint, so it is not replaced")
-    differ = [f"--{key.replace('_', '-')}" for key in ("seed", "safety_data", "train_kv") if content[key] != getattr(args, key)]
-    if differ:
-        print(f"note: the map was made with another {', '.join(differ)}")
-    sets, skipped = load_sets(args, tokenizer, args.seed), set(ranked(content["C"])[: round(args.skip * len(heads["own"]))])
-    masks, (_, judging, tuning) = trained_masks(model, heads, skipped, args.trainable, args.train_kv), settings(args)
-    start = {name: p.detach().clone() for name, p in model.named_parameters()}
-    before = evaluate(model, tokenizer, sets, **judging)
-    print(f"tuning {sum(int(m.sum()) for m in masks.values()):,} of {sum(p.numel() for p in start.values()):,} parameters "
-          f"on {len(sets['safe'])} safe responses; {len(skipped)} of {len(heads['own'])} heads are skipped")  # fmt: skip
-    bar = tqdm(sft(model, sets["safe"], masks, seed=args.seed, **tuning), total=args.steps, desc="tune", disable=None)
+    for key in ("seed", "safety_data", "train_kv"):
+        if content[key] != getattr(args, key):
+            print(f"note: the map was made with another --{key.replace('_', '-')}")
+    sets = load_sets(args, tokenizer, args.seed)
+    skipped = ranked(content["C"])[: number_skipped(args, heads)]
+    masks = trained_masks(model, heads, set(skipped), args.trainable, args.train_kv)
+    start = weights_of(model)
+    before = evaluate(model, tokenizer, sets, args)
+    moving = sum(int(mask.sum()) for mask in masks.values())
+    print(
+        f"tuning {moving:,} of {sum(p.numel() for p in start.values()):,} parameters "
+        f"on {len(sets.safe)} safe responses; {len(skipped)} of {len(heads.all)} heads are skipped"
+    )
+    steps = sft(model, sets.safe, masks, args, args.seed)
+    bar = tqdm(steps, total=args.steps, desc="tune", disable=None)
     for _, loss in bar:
         bar.set_postfix(loss=f"{loss:.4f}")
-    norm, frozen, identical = update_of(model, start, masks)
-    if not identical:
+    update = update_of(model, start, masks)
+    if not update.frozen_identical:
         raise RuntimeError("a frozen element moved: nothing is saved")
-    after = evaluate(model, tokenizer, sets, **judging)
+    after = evaluate(model, tokenizer, sets, args)
     with replacing(target) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    write_json(directory / "tune.json", {
-        "flags": vars(args), "skipped": sorted(skipped), "update_norm": norm, "frozen_elements": frozen,
-        "frozen_bit_identical": identical, "before": before, "after": after,
-    })  # fmt: skip
+    report = {
+        "flags": vars(args),
+        "skipped": sorted(skipped),
+        "update_norm": update.norm,
+        "frozen_elements": update.frozen_elements,
+        "frozen_bit_identical": update.frozen_identical,
+        "before": before,
+        "after": after,
+    }
+    write_json(directory / "tune.json", report)
+
     print(f"\n{'held out':<26}{'before':>9}{'after':>9}")
     for key in before:
         print(f"{key.replace('_', ' '):<26}{before[key]:9.4f}{after[key]:9.4f}")
-    print(f"\nall {frozen:,} frozen elements are bit-identical to the start; update norm {norm:.3f}, last loss {loss:.4f}")
+    print(
+        f"\nall {update.frozen_elements:,} frozen elements are bit-identical to the start; "
+        f"update norm {update.norm:.3f}, last loss {loss:.4f}"
+    )
     print(f"the tuned model is in {target}, these numbers in {directory}/tune.json")
 
 
-def build_parser():
-    """The flags; defaults that depend on the model are filled in by parse_args."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage="cast.py --diagnose | --tune | --compare [flags]")
+# --------------------------------------------------------------------------------------------------
+# Flags
 
-    flag = partial(add_flag, parser, {"on tiny": TINY, "on tiny with --compare": HARD, "else": REAL})
-    flag("--diagnose", False, "measure every head's conflict; writes conflict_map.json and conflict_map.png")
-    flag("--tune", False, "safety-tune the heads that the map does not skip; writes tuned/ (a checkpoint) and tune.json")
-    flag("--compare", False, "budget-matched arms over several seeds; writes compare.json and compare.png")
-    flag("--model", "tiny", "a directory or a hub id; tiny is the embedded model")
-    flag("--safety-data", "embedded", "harmful prompts, safe responses: embedded, pku-saferlhf, llm-lat, jbb, or a local file")
-    flag("--utility-data", "embedded", "prompts and responses: embedded, alpaca, gsm8k, mmlu, or a local file")
-    flag("--benign-data", "embedded", "prompts that should not be refused: embedded, jbb-benign, xstest, or a local file")
-    flag("--output-dir", "runs/cast", "where all is written and --tune looks for the map; files of an earlier run are replaced")
-    # The map
-    flag("--sensitivity", "mask", "S by zeroing heads (a pass each) or by gate gradients (one pass)", choices=["mask", "gate"])
-    flag("--examples", None, "at most so many examples of each set, to calibrate and to judge", int)
-    flag("--skip", 0.3, "share of all heads that is skipped: those of the highest C")
-    # Tuning
-    flag("--trainable", "heads", "heads: q and o of those not skipped; all: all but the skipped", choices=["heads", "all"])
-    flag("--train-kv", False, "K and V belong to the heads too, and move in groups without a skipped head")
-    flag("--steps", None, "optimizer steps", int)
-    flag("--batch-size", None, "examples a step", int)
-    flag("--learning-rate", None, "AdamW's, constant", float)
-    flag("--weight-decay", 0.0, "AdamW's decoupled decay; frozen slices do not decay")
-    flag("--max-grad-norm", 1.0, "the norm of the trained elements' gradient is clipped to this")
-    flag("--max-tokens-per-batch", None, "tokens of prompts and completions in one forward pass: lower it when out of memory", int)
-    flag("--max-length", 512, "pairs of more tokens are left out")
-    flag("--max-completion-length", None, "tokens of a greedy completion that is judged", int)
-    # Comparison
-    flag("--seeds", 5, "--compare: seeds from --seed on; each has its own split of the data, map, batches and random heads")
-    flag("--random-draws", 3, "--compare: random sets of heads a seed")
-    flag("--evaluations", 10, "--compare: evaluations along a run, denser towards its start; the last is at its end")
-    flag("--match-nll", 0.0, "--compare: NLL of held-out refusals at which arms are compared; 0: where the slowest ends")
-    # House-keeping
+TINY = dict(  # defaults for the embedded model
+    learning_rate=1e-3,
+    steps=32,
+    batch_size=28,
+    max_completion_length=24,
+    max_tokens_per_batch=16384,
+    examples=1000,
+)
+
+
+def two_or_more(text):
+    """An int of at least 2."""
+    return number(text, int, 2)
+
+
+def build_parser():
+    """The flags, with the defaults for real models."""
+    parser = argparse.ArgumentParser(
+        prog="cast.py",
+        description="Find the heads where safety and utility pull apart, and tune the others.",
+        usage="cast.py --diagnose | --tune | --compare [flags]",
+        formatter_class=Formatter,
+        allow_abbrev=False,
+    )
+    flag = parser.add_argument
+    flag("--diagnose", action="store_true", help="measure every head; writes conflict_map.json")
+    flag("--tune", action="store_true", help="tune the heads that the map does not skip")
+    flag("--compare", action="store_true", help="other ways to skip; more in --compare --help")
+    flag("--model", default="tiny", help="a directory or a hub id; tiny is the embedded model")
+    flag("--safety-data", default="embedded", help="or pku-saferlhf, llm-lat, jbb, a file")
+    flag("--utility-data", default="embedded", help="or alpaca, gsm8k, mmlu, a file")
+    flag("--benign-data", default="embedded", help="or jbb-benign, xstest, a file: not to refuse")
+    flag("--output-dir", default="runs/cast", help="where all is written, and --tune finds its map")
+    flag("--sensitivity", default="mask", choices=["mask", "gate"], help="how S is measured")
+    flag("--examples", type=two_or_more, default=128, help="at most so many of each set")
+    flag("--skip", type=share, default=0.3, help="share of all heads: those of the highest C")
+    flag("--trainable", default="heads", choices=["heads", "all"], help="all: the MLPs etc. too")
+    flag("--train-kv", action="store_true", help="K and V belong to the heads of their group")
+    flag("--steps", type=positive_int, default=100, help="optimizer steps")
+    flag("--batch-size", type=positive_int, default=16, help="examples a step")
+    flag("--learning-rate", type=positive_float, default=2e-5, help="AdamW's, constant")
+    flag("--weight-decay", type=non_negative_float, default=0.0, help="AdamW's")
+    flag("--max-grad-norm", type=positive_float, default=1.0, help="gradients are clipped to it")
+    flag("--max-tokens-per-batch", type=positive_int, default=1024, help="lower it to save memory")
+    flag("--max-length", type=positive_int, default=512, help="tokens; longer pairs are left out")
+    flag("--max-completion-length", type=positive_int, default=64, help="tokens that are judged")
     add_machine_flags(parser)
     return parser
 
 
-def parse_args(argv=None):
-    """Flags, with the defaults of the model filled in. Raises UserError on what can't work."""
-    args = build_parser().parse_args(argv)
+def parse_args(argv=None, parser=None, embedded=TINY):
+    """The flags. Raises UserError on what cannot work.
+
+    argv: list of texts, by default the command line's; parser: of build_parser, by default a new
+    one; embedded: the defaults for the embedded model.
+    """
+    parser = parser or build_parser()
+    first_look = argparse.ArgumentParser(add_help=False)
+    first_look.add_argument("--model", default="tiny")
+    if is_embedded(first_look.parse_known_args(argv)[0].model):
+        parser.set_defaults(**embedded)
+    args = parser.parse_args(argv)
     if not (args.diagnose or args.tune or args.compare):
         raise UserError("say what to do: --diagnose, --tune or --compare (--help explains them)")
-    embedded = {**TINY, **(HARD if args.compare else {})}
-    for key, value in (embedded if is_embedded(args.model) else REAL).items():
-        if getattr(args, key) is None:
-            setattr(args, key, value)
-    if args.tune and args.compare:
-        raise UserError("--tune changes the model and --compare starts from it as it was, with flags of its own: run one after the other")
-    if not 0 <= args.skip <= 1:
-        raise UserError("--skip is a share of the heads, from 0 to 1")
-    at_least(args, 1, "steps batch_size max_completion_length max_tokens_per_batch max_length seeds random_draws evaluations")
-    at_least(args, 2, "examples")
-    at_least(args, 0, "weight_decay match_nll threads")
-    if not (args.learning_rate > 0 and args.max_grad_norm > 0):
-        raise UserError("--learning-rate and --max-grad-norm must be above 0")
     check_writable(args.output_dir)
     return args
 
 
-def main(argv=None):
-    args, started = parse_args(argv), time.time()
-    import torch
+def prepare(args):
+    """The model, its tokenizer and its heads. Lowers --max-length to what the model can take.
 
-    from heads import find_heads
-    from models import fastest_thread_count, load_model, load_tokenizer, pick_device, positions_of, resolve_model
-
-    device, name, directory = pick_device(args.device), resolve_model(args.model), Path(args.output_dir)
-    tokenizer, model = load_tokenizer(name), load_model(name, device)
+    Raises UserError for a model that cannot be had, whose heads are not known, or that rollout.py
+    cannot get right.
+    """
+    device = pick_device(args.device)
+    name = resolve_model(args.model)
+    tokenizer = load_tokenizer(name)
+    model = load_model(name, device)
     heads = find_heads(model)
     args.max_length = min(args.max_length, positions_of(model) - args.max_completion_length)
-    if device.type == "cpu":
-        torch.set_num_threads(args.threads or fastest_thread_count(model))
-    if args.compare:
-        from experiments.cast_compare import command_compare
-    for command in (args.diagnose and command_diagnose, args.tune and command_tune, args.compare and command_compare):
-        if command:
-            command(args, model, tokenizer, heads, directory)
-            print(f"{time.time() - started:.0f} s")
+    check_model(model, args.max_length + args.max_completion_length)
+    set_threads(model, device, args.threads)
+    return model, tokenizer, heads
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if "--compare" in argv:
+        # The experiment imports this file. So it is not imported here but run, with the same flags.
+        sys.argv = ["cast.py", *argv]
+        runpy.run_module("experiments.cast_compare", run_name="__main__")
+        return
+    args = parse_args(argv)
+    started = time.time()
+    model, tokenizer, heads = prepare(args)
+    if args.diagnose:
+        run_diagnose(args, model, tokenizer, heads)
+        print(f"{time.time() - started:.0f} s")
+    if args.tune:
+        run_tune(args, model, tokenizer, heads)
+        print(f"{time.time() - started:.0f} s")
 
 
 if __name__ == "__main__":
-    run_script(main, "cast.py", resumable=False)
+    run_script(main, "cast.py")

@@ -1,90 +1,202 @@
-"""DAPO: decoupled clip and dynamic sampling policy optimization (Yu et al. 2025, arXiv 2503.14476). A delta on grpo.py.
+"""DAPO: decoupled clip and dynamic sampling policy optimization (Yu et al. 2025, arXiv 2503.14476).
 
-    J = 1/(sum_i |y_i|) sum_i sum_t min(w_it A_i, clip(w_it, 1 - eps_low, 1 + eps_high) A_i)                    (Eq. 8)
-        subject to 0 < #{right answers in the group} < G
+It takes GRPO's token ratio and group advantages, and changes four things:
 
-What differs from GRPO, and nothing else:
+    J = 1/(sum_i |y_i|) sum_i sum_t min(w_it A_i, clip(w_it, 1 - eps_low, 1 + eps_high) A_i)
+        subject to 0 < #{right answers in the group} < G                                    (Eq. 8)
+
 - Clip-higher: eps_low 0.2, eps_high 0.28, so that an unlikely token has room to grow.
-- Token-mean: one mean over all tokens of the batch (1/sum|y|), so a token of a long completion weighs as much as a
-  token of a short one.
-- Dynamic sampling: a group that is all right or all wrong has no gradient; keep sampling until the batch is full of
-  mixed groups. It is a constraint on the *data*, so the reward curve must be read before the filter.
-- Overlong: a soft punishment added to the reward as the length nears the limit (Eq. 13), or, simpler, truncated
-  completions masked out of the loss. No KL term.
+- Token mean: one mean over all tokens of the batch, so that a token of a long completion weighs as
+  much as one of a short completion.
+- Dynamic sampling: a group of equal scores has no gradient, so sampling goes on until the batch is
+  full of mixed groups. It changes the *data*: read the reward before this filter.
+- Overlong: a soft punishment is added to the reward as the length nears its limit (Eq. 13). There
+  is no KL term.
 
-Readings: dynamic sampling is capped (`max_rounds`) and trains on what it has when the cap is hit; the paper loops on.
-The punishment is added to rewards of 1/0 here unless --reward-scale dapo asks for the paper's +1/-1.
+Readings and deviations:
+- Dynamic sampling is capped (max_rounds) and trains on what it has then; the paper loops on.
+- Rewards are 1 and 0 here, and the paper's +1 and -1 with train.py --reward-scale dapo.
+- Overlong filtering, the paper's simpler alternative, leaves truncated completions out of the loss:
+  train.py --overlong filter.
+
+`python dapo.py` trains the embedded model on its sums. `loss` is what train.py calls.
 """
+
+import math
+from types import SimpleNamespace
 
 import torch
 
-from grpo import clipped_objective, group_advantages, k3, log_ratio, show, worked_example
+from grpo import clipped_objective, group_advantages, k3, log_ratio, mixed_groups
+
+RECIPE = dict(
+    epsilon=0.2,  # the lower clip is at 1 - epsilon
+    epsilon_high=0.28,  # the upper clip is at 1 + epsilon_high
+    dynamic_sampling="refill",  # sample on until the batch is full of mixed groups
+    overlong="soft",  # a punishment that grows with the length, near the limit
+)
 
 
 def dapo_loss(logp, old_logp, advantages, mask, *, num_tokens, epsilon_low=0.2, epsilon_high=0.28):
-    """The DAPO loss of a (micro-)batch: the mean over all its tokens. Arguments and result as in grpo.grpo_loss.
+    """The DAPO loss: the mean over all tokens of the batch (Eq. 8).
 
-    num_tokens: the True entries of the mask in all micro-batches of one optimizer step together (not of the whole rollout).
+    logp: [B, T], log-probs (nats) of the sampled tokens under the policy, with gradient;
+    old_logp: [B, T], the same under the policy that sampled, a constant;
+    advantages: [B], one for all tokens of a completion (grpo.group_advantages);
+    mask: bool [B, T], True on completion tokens, the first stop token included. What stands where
+        it is False may be anything, NaN included;
+    num_tokens: the True entries of the mask in *all* micro-batches of an optimizer step (not of the
+        whole rollout). So the losses and gradients of micro-batches add up to those of the whole;
+    epsilon_low, epsilon_high: the ratio is clipped to [1 - epsilon_low, 1 + epsilon_high].
+
+    Returns the scalar loss and a dict of detached [B, T] tensors for the log: ratio; where each
+    clip binds; kl, the k3 to the old policy; and where a KL term has weight (nowhere).
     """
     ratio = log_ratio(logp, old_logp, mask).exp()  # [B, T]
-    objective, clip_low, clip_high = clipped_objective(ratio, advantages, epsilon_low, epsilon_high)
+    objective, low, high = clipped_objective(ratio, advantages, epsilon_low, epsilon_high)
     loss = -(objective * mask).sum() / max(int(num_tokens), 1)
-    parts = {"ratio": ratio, "clip_low": clip_low & mask, "clip_high": clip_high & mask, "kl": k3(logp, old_logp, mask)}
-    parts["kl_mask"] = torch.zeros_like(mask)
-    return loss, {name: part.detach() for name, part in parts.items()}
+    metrics = {
+        "ratio": ratio.detach(),
+        "clip_ratio/low": low & mask,
+        "clip_ratio/high": high & mask,
+        "kl": k3(logp, old_logp, mask).detach(),
+        "kl_mask_fraction": torch.zeros_like(mask),
+    }
+    return loss, metrics
+
+
+def loss(batch, logp, entropy, args):
+    """What train.py calls for each micro-batch. Returns the loss and metrics of `dapo_loss`.
+
+    batch: dict with old_logp, advantages, mask, num_tokens; logp, entropy: [B, T] under the policy
+    (DAPO has no use for entropies); args: with the names of RECIPE.
+    """
+    return dapo_loss(
+        logp,
+        batch["old_logp"],
+        batch["advantages"],
+        batch["mask"],
+        num_tokens=batch["num_tokens"],
+        epsilon_low=args.epsilon,
+        epsilon_high=args.epsilon_high,
+    )
 
 
 def soft_overlong_punishment(lengths, max_length, cache):
-    """The punishment that is added to a completion's reward (Eq. 13): 0, then falling linearly to -1, then -1.
+    """What is added to a completion's reward (Eq. 13): 0, then falling linearly to -1, then -1.
 
-    lengths: [B] in tokens; max_length: L_max, the longest completion; cache: L_cache, how long before it the punishment
-    begins (20480 and 4096 in the paper). Returns [B] in [-1, 0]. Raises ValueError unless 0 < cache <= max_length.
+    lengths: [B], in tokens; max_length: L_max, the longest completion; cache: L_cache, how long
+    before it the punishment begins (20480 and 4096 in the paper). Returns [B] in [-1, 0].
+    Raises ValueError unless 0 < cache <= max_length.
     """
     if not 0 < cache <= max_length:
-        raise ValueError(f"the overlong cache must be between 1 and the maximum length {max_length}, not {cache}")
+        raise ValueError(
+            f"the cache must be from 1 to the maximum length {max_length}, not {cache}"
+        )
     return ((max_length - cache - lengths.float()) / cache).clamp(-1.0, 0.0)
-
-
-def overlong_filter(mask, truncated):
-    """Masks truncated completions out of the loss. mask: bool [B, T]; truncated: bool [B]. Returns a new mask."""
-    return mask & ~truncated.unsqueeze(1)
-
-
-def mixed_groups(scores, num_generations):
-    """Which groups are neither all right nor all wrong. scores: [B] of 1 (right) or 0. Returns bool [B/G]."""
-    groups = scores.view(-1, num_generations)
-    return (groups != groups[:, :1]).any(dim=1)
 
 
 def dynamic_sampling(sample_groups, num_prompts, max_rounds):
     """Samples until `num_prompts` mixed groups are there, or `max_rounds` rounds are spent.
 
-    sample_groups(n): samples n fresh prompts and returns (a list of n groups, of any kind; bool [n], which are mixed).
-    Returns (the mixed groups, at most num_prompts; all groups that were sampled; the rounds used). Fewer than
-    num_prompts mixed groups come back only when the cap was hit: the caller says so and trains on what there is.
+    sample_groups: a function of n that samples n fresh prompts and returns a list of n groups (of
+    any kind) and a bool tensor [n], which of them are mixed.
+    Returns the mixed groups (at most num_prompts) and all groups that were sampled. There are fewer
+    than num_prompts mixed ones only when the cap was hit.
     """
-    mixed, sampled, rounds = [], [], 0
-    while len(mixed) < num_prompts and rounds < max_rounds:
+    mixed, sampled = [], []
+    for _ in range(max_rounds):
         groups, keep = sample_groups(num_prompts)
-        mixed += [group for group, kept in zip(groups, keep.tolist()) if kept]
         sampled += groups
-        rounds += 1
-    return mixed[:num_prompts], sampled, rounds
+        mixed += [group for group, kept in zip(groups, keep.tolist()) if kept]
+        if len(mixed) >= num_prompts:
+            break
+    return mixed[:num_prompts], sampled
 
 
-def main():
-    logp, old_logp, rewards, mask = worked_example()
-    advantages = group_advantages(rewards, num_generations=2)
-    loss, parts = dapo_loss(logp, old_logp, advantages, mask, num_tokens=mask.sum())
-    print("DAPO on 2 prompts x 2 completions; eps 0.2 low, 0.28 high. w = pi/pi_old of each token.")
-    for i in range(4):
-        clipped = parts["clip_low"][i] | parts["clip_high"][i]
-        print(f"y_{i + 1}  reward {rewards[i]:.0f}  A {advantages[i]:+.3f}  w {show(parts['ratio'][i], mask[i])}   clipped {show(clipped, mask[i])}")
-    print(f"loss = -mean over all {mask.sum()} tokens = {loss:+.4f}")
-    scores = torch.tensor([1.0, 0.0, 1.0, 1.0])
-    print(f"dynamic sampling: of groups with scores {scores.view(-1, 2).tolist()} it keeps {mixed_groups(scores, 2).tolist()}")
-    lengths = torch.tensor([10, 16, 18, 20])
-    print(f"soft overlong punishment, limit 20, cache 4: lengths {lengths.tolist()} -> {soft_overlong_punishment(lengths, 20, 4).tolist()}")
+def main(steps=30, seed=0):
+    """Trains the embedded model on its sums by DAPO. Returns the mean reward of every step."""
+    import tasks
+    from engine.models import load_model, load_tokenizer, resolve_model, stop_token_ids
+    from rollout import collate, sample, score, split_evenly
+
+    args = SimpleNamespace(**RECIPE)
+    num_prompts, G, max_length = 32, 8, 48  # of a rollout; completions of a prompt; their tokens
+    mini_batches, epochs = 4, 2  # a rollout is cut into 4 and passed over twice: 8 updates
+    task = tasks.load("arithmetic", "train")
+    tokenizer = load_tokenizer(resolve_model("tiny"))
+    model = load_model(resolve_model("tiny"), "cpu")
+    stop_ids = stop_token_ids(model, tokenizer)
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-5, betas=(0.9, 0.95), weight_decay=0.0)
+    generator = torch.Generator().manual_seed(seed)
+    taken = 0  # problems so far
+    curve = []
+
+    def sample_groups(count):
+        # 1. Sample G completions of each prompt.
+        nonlocal taken
+        problems = tasks.take(task.problems, taken, count, seed)
+        taken += count
+        prompts = [tokenizer(problem["prompt"]).input_ids for problem in problems]
+        samples = sample(
+            model,
+            prompts,
+            G,
+            max_completion_length=max_length,
+            temperature=1.0,
+            stop_ids=stop_ids,
+            generator=generator,
+        )
+        # 2. Score each completion. Its length may be punished.
+        for i, s in enumerate(samples):
+            s.text = tokenizer.decode(s.completion_ids, skip_special_tokens=True)
+            s.score = task.reward(problems[i // G], s.text)
+        lengths = torch.tensor([len(s.completion_ids) for s in samples])
+        punishments = soft_overlong_punishment(lengths, max_length, cache=max_length // 5)
+        for s, punishment in zip(samples, punishments.tolist()):
+            s.reward = s.score + punishment
+        groups = [samples[i : i + G] for i in range(0, len(samples), G)]
+        return groups, mixed_groups(torch.tensor([s.score for s in samples]), G)
+
+    for step in range(steps):
+        # Dynamic sampling: steps 1 and 2 are repeated until the batch is full of mixed groups.
+        groups, sampled = dynamic_sampling(sample_groups, num_prompts, max_rounds=10)
+        for group in groups:
+            advantages = group_advantages(torch.tensor([s.reward for s in group]), G)
+            for s, advantage in zip(group, advantages.tolist()):
+                s.advantage = advantage
+
+        # 3. Old log-probs: those of the policy that sampled, from one pass without gradient.
+        batches = []
+        for part in split_evenly(groups, math.ceil(mini_batches * len(groups) / num_prompts)):
+            part = [s for group in part for s in group]
+            batch = collate(part, "cpu")
+            batch["advantages"] = torch.tensor([s.advantage for s in part])
+            batch["num_tokens"] = batch["mask"].sum().item()
+            with torch.no_grad():
+                batch["old_logp"], _ = score(model, batch, temperature=1.0)
+            batches.append(batch)
+
+        # 4. Update: an optimizer step for each mini-batch.
+        clipped = tokens = 0
+        for batch in batches * epochs:
+            logp, entropy = score(model, batch, temperature=1.0)
+            value, metrics = loss(batch, logp, entropy, args)
+            value.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            clipped += (metrics["clip_ratio/low"] | metrics["clip_ratio/high"]).sum().item()
+            tokens += batch["num_tokens"]
+
+        # 5. One line. The reward is that of all groups, before the filter.
+        rewards = [s.reward for group in sampled for s in group]
+        curve.append(sum(rewards) / len(rewards))
+        print(
+            f"step {step + 1:3d}  reward {curve[-1]:.3f}  groups {len(sampled)}  "
+            f"clip {clipped / max(tokens, 1):.4f}"
+        )
+    return curve
 
 
 if __name__ == "__main__":

@@ -1,270 +1,422 @@
-"""Rollout: sample completions from a model, and score them. Knows models, not rewards.
+"""Rollout: sample completions from a language model, and score them. It knows models, not rewards.
 
-`sample` draws G completions for each prompt: the prompt is prefilled once and its keys and values are shared out to the G
-samples, rows leave the batch when they have ended, and a token is drawn from plain softmax(logits / temperature). Nothing of the
-model's generation_config takes part: its top_k, top_p or repetition penalty would make the sampler another distribution
-than the one that the policy gradient differentiates.
+`sample` draws G completions for each prompt. The prompts are prefilled once, and their key/value
+cache is repeated for the G samples. Rows leave the batch when they have ended. A token is drawn
+from plain softmax(logits / temperature): top_k, top_p or a repetition penalty in the model's
+generation_config would make the sampler another distribution than the one whose gradient we take.
 
-`score` gives the log-prob of every sampled token and the entropy of the distribution it came from, with gradient. Both
-are taken at the sampler's temperature, so that before any update the sampler's log-probs and the scorer's agree. A prompt
-is computed once for its G completions, and nothing for padding (see attention.py). The LM head runs only where a completion
-token is predicted, and in chunks, so that no [B, T, V] tensor ever exists.
+`score` gives the log-prob of every completion token, with gradient, and the entropy of the
+distribution that it came from. Both are taken at the sampler's temperature, so that the log-probs
+of sampler and scorer agree before any update. A row holds a prompt and several of its completions,
+end to end, and the attention mask says who sees whom:
 
-A sample is a dict: prompt_ids and completion_ids (lists of token ids; the completion ends with its stop token, unless
-it is truncated), logp (the sampler's, a list), truncated (bool).
+    row                10 11 12 | 20 21 22 | 30 31          a prompt and two completions
+    completion_number   0  0  0 |  1  1  1 |  2  2          a token sees what stands before it
+    position_ids        0  1  2 |  3  4  5 |  3  4          in the prompt and in its own completion
+
+So a prompt is computed once for its completions, and hardly anything is computed for padding. The
+model's own forward pass does the work, so its logits are right whatever the model. `check_model`
+proves that on a few tokens before a run, and says whether rows may hold several completions.
 """
 
-from contextlib import nullcontext
+import inspect
+import math
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-import attention
-from products import ROWS, packed_weights
+from engine.errors import UserError
 
-LOGITS_AT_ONCE = 2**23  # logits in one chunk of the LM head: 32 MB in fp32, but ROWS rows at least (156 MB for Qwen)
-FIRST_COLUMNS = 16  # for completion tokens that the cache begins with; it grows by a quarter
-SPREAD = 1.5  # in one call of attention the longest row has at most so many times the tokens of the shortest
+ROW_TOKENS = 1024  # a row takes completions up to this length, or up to that of the longest sample
+LOGITS_AT_ONCE = 2**22  # logits in one chunk of the LM head: 16 MB in fp32
+
+
+@dataclass
+class Sample:
+    """One completion. The first four fields are the sampler's; whoever trains fills in the rest."""
+
+    prompt_ids: list[int]
+    completion_ids: list[int]  # up to and including the stop token
+    logp: list[float] | None = None  # of each completion token under the policy that sampled
+    truncated: bool = False  # whether it was cut at the limit, before a stop token
+    problem: dict | None = None  # what was asked
+    text: str = ""  # the completion, decoded
+    score: float = 0.0  # what the task says of it
+    reward: float = 0.0  # the score, rescaled, with a punishment for length
+    advantage: float = 0.0  # the reward against those of its group
+
+
+# --------------------------------------------------------------------------------------------------
+# Sampling
 
 
 def draw(logits, uniform, temperature):
-    """One token a row from softmax(logits / temperature), by inverting its distribution function at `uniform`.
+    """One token a row from softmax(logits / temperature), by inverting the distribution function.
 
-    logits: [B, V]; uniform: [B] in [0, 1); temperature 0 takes the most likely token. Returns the tokens [B] and their
-    log-probs [B]. One number a row decides, so what a row draws does not depend on which other rows are in the batch.
+    logits: [B, V]; uniform: [B] in [0, 1); temperature 0 takes the most likely token.
+    Returns the tokens [B] and their log-probs [B]. One number decides a row, so what a row draws
+    does not depend on which other rows are in the batch.
     """
-    logits = logits.float() if temperature in (0, 1) else logits.float() / temperature  # [B, V]
-    probs = torch.softmax(logits, dim=-1)
+    logits = logits.float()
+    if temperature not in (0, 1):
+        logits = logits / temperature
+    probs = torch.softmax(logits, dim=-1)  # [B, V]
     if temperature == 0:
         token = logits.argmax(dim=-1, keepdim=True)  # [B, 1]
     else:
         cdf = probs.cumsum(dim=-1)
-        # The sum is 1 only up to rounding; and at 0 the first token of all would be drawn, however small its probability.
+        # At 0 the first token would be drawn, however small its probability. And the sum of the
+        # probabilities is 1 only up to rounding.
         threshold = uniform.clamp(min=2**-25).unsqueeze(1) * cdf[:, -1:]
         token = torch.searchsorted(cdf, threshold, right=True).clamp(max=logits.shape[1] - 1)
     logp = probs.gather(1, token).log()
     return token.squeeze(1), logp.squeeze(1)
 
 
-def batch_size(going):
-    """How many rows to keep for `going` unfinished ones: a few more, so that not every step has another shape.
+def left_padded(prompts, device):
+    """Prompts as ids [P, L] and an attention mask [P, L], which is 0 on the padding at the left."""
+    longest = max(map(len, prompts))
+    ids = [[0] * (longest - len(prompt)) + prompt for prompt in prompts]
+    mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
-    The kernels that oneDNN compiles for a shape are then few.
+
+def accepted(module, **options):
+    """Those of the options that the module's forward pass takes: not every family has positions."""
+    known = inspect.signature(module.forward).parameters
+    return {name: value for name, value in options.items() if name in known}
+
+
+def step_forward(model, ids, attention_mask, kv_cache=None):
+    """Logits [B, V] behind the last of the ids [B, Q], and the cache with their keys and values.
+
+    attention_mask: [B, columns of the cache + Q].
     """
-    step = max(8, 2 ** (going.bit_length() - 3))  # an eighth to a quarter
-    return -(-going // step) * step
-
-
-def decode_step(model, cache, token, position, length):
-    """The logits [B, V] after one more token a row. token, position: [B]; length: columns of the cache to look at."""
-    over = attention.cached(cache, position, length)
-    return model(**attention.inputs(token.unsqueeze(1), position.unsqueeze(1), over)).logits[:, -1]
-
-
-def compiled(rows, length):
-    """What `sample` needs to decode by torch.compile: on a GPU one CUDA graph a token in place of some thousand kernel launches.
-
-    rows: of the largest batch; length: tokens of prompt and completion together, at most. A graph finds its tensors at the same
-    addresses every time, so the cache is made once and always looked at whole. Each number of rows is compiled once, for a
-    minute or so, so there are four of them for a batch. Not measured on a GPU; a CPU only loses by it.
-    """
-    step = torch.compile(decode_step, mode="reduce-overhead", fullgraph=True, dynamic=False)
-    return {"cache": {}, "rows": rows, "length": length, "step": step}
+    positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)  # of the padding: never looked at
+    out = model(
+        input_ids=ids,
+        attention_mask=attention_mask,
+        past_key_values=kv_cache,
+        use_cache=True,
+        **accepted(model, position_ids=positions[:, -ids.shape[1] :], logits_to_keep=1),
+    )
+    return out.logits[:, -1], out.past_key_values
 
 
 @torch.inference_mode()
-def sample(model, prompts, num_generations, *, max_completion_length, temperature, stop_ids, generator, graphs=None):
-    """Samples `num_generations` completions for each prompt, all at once: the caller bounds the number of rows.
+def sample(
+    model, prompts, num_generations, *, max_completion_length, temperature, stop_ids, generator
+):
+    """Samples `num_generations` completions of each prompt, all at once.
 
-    prompts: list of lists of token ids; max_completion_length in tokens, the stop token included; stop_ids: the tokens
-    that end a completion; generator: a CPU torch.Generator, the only source of randomness (the same on every device);
-    graphs: from `compiled`, or None. Returns a list of samples (see above), those of one prompt next to each other.
+    prompts: list of lists of token ids; max_completion_length: in tokens, the stop token included;
+    temperature: 0 is greedy; stop_ids: list of the tokens that end a completion; generator: a CPU
+    torch.Generator, the only source of randomness, so that every device draws alike.
+    Returns a list of Sample, those of one prompt next to each other. The caller bounds the rows.
     """
-    model = base(model).eval()
+    model = causal_lm(model).eval()
     device, G, T = model.device, num_generations, max_completion_length
-    B, L = len(prompts) * G, max(map(len, prompts))
-    uniforms = torch.rand(B, T, generator=generator).T.to(device)  # a row's own numbers, whatever shares its batch
-    stop = torch.tensor(stop_ids, device=device)
-    whole = graphs or {"cache": {}, "rows": B, "length": L + min(T, FIRST_COLUMNS), "step": decode_step}
-    cache, columns = whole["cache"], whole["length"]
-
-    # Prefill each prompt once; its keys and values go to its G rows of the cache.
-    ids = torch.tensor([[token for prompt in prompts for token in prompt]], device=device)  # [1, N]
-    ends = torch.tensor([len(prompt) for prompt in prompts], device=device)  # [B/G]
-    parts = torch.arange(ids.shape[1], device=device).split(ends.tolist())
-    positions, last = torch.cat([part - part[0] for part in parts]), ends.cumsum(dim=0) - 1
-    over = attention.prefilled(pad_sequence(parts, batch_first=True), cache, whole["rows"], whole["length"], G)
-    out = model(**attention.inputs(ids, positions.unsqueeze(0), over), logits_to_keep=last)
-    logits, position = out.logits[0].repeat_interleave(G, dim=0), ends.repeat_interleave(G)  # [B, V], [B] of the token to come
-    if graphs:
-        for tensors in cache.values():
-            for x in tensors:
-                torch._dynamo.mark_static_address(x)
-
+    B = len(prompts) * G
+    uniforms = torch.rand(B, T, generator=generator).to(device)  # a row's own numbers
+    stop = torch.tensor(stop_ids, dtype=torch.long, device=device)
     tokens = torch.zeros(B, T, dtype=torch.long, device=device)
     logps = torch.zeros(B, T, device=device)
     lengths = torch.full((B,), T, device=device)
-    truncated = torch.ones(B, dtype=torch.bool, device=device)  # until the row ends by a stop token
-    rows = torch.arange(B, device=device)  # those in the batch
-    # Column i of the cache is position i of its row; of the `columns` that there are, those up to the longest row's are looked at.
-    with nullcontext() if graphs else packed_weights(model, B):
-        for t in range(T):
-            token, logp = draw(logits, uniforms[t, rows], temperature)
-            tokens[rows, t], logps[rows, t] = token, logp  # of a row that has ended, beyond its length: never looked at
-            ended = rows[torch.isin(token, stop) & truncated[rows]]
-            lengths[ended], truncated[ended] = t + 1, False
-            going = truncated[rows].sum().item()
-            if going == 0 or t == T - 1:
-                break
-            size = next(size for size in (B // 8, B // 4, B // 2, B) if size >= going) if graphs else batch_size(going)
-            if size < len(rows):
-                kept = truncated[rows].argsort(descending=True, stable=True)[:size]  # the unfinished, and some more to fill up
-                order = attention.keep_rows(cache, kept, len(rows))
-                rows, token, position = rows[order], token[order], position[order]
-            if L + t == columns:  # most rows end long before the longest may
-                more = min(columns // 4, L + T - columns)
-                attention.grow(cache, len(rows), more)
-                columns += more
-            logits = whole["step"](model, cache, token, position, columns if graphs else L + t + 1)
-            position = position + 1
+    truncated = torch.ones(B, dtype=torch.bool, device=device)  # until a row draws a stop token
 
-    return [
-        {"prompt_ids": prompts[row // G], "completion_ids": row_tokens[:n], "logp": row_logps[:n], "truncated": cut}
-        for row, (row_tokens, row_logps, n, cut) in enumerate(
-            zip(tokens.tolist(), logps.tolist(), lengths.tolist(), truncated.tolist())
-        )
-    ]
+    # Each prompt is prefilled once. Its row of the cache then becomes G rows.
+    ids, mask = left_padded(prompts, device)  # [P, L]
+    logits, kv_cache = step_forward(model, ids, mask)
+    rows = torch.arange(B, device=device)  # the samples that are still in the batch
+    kv_cache.reorder_cache(rows // G)
+    logits, mask = logits[rows // G], mask[rows // G]  # [B, V], [B, L]
+
+    for t in range(T):
+        token, logp = draw(logits, uniforms[rows, t], temperature)
+        tokens[rows, t] = token
+        logps[rows, t] = logp
+        ended = torch.isin(token, stop)
+        if ended.any():
+            lengths[rows[ended]] = t + 1
+            truncated[rows[ended]] = False
+            going = (~ended).nonzero().squeeze(1)
+            rows, token, mask = rows[going], token[going], mask[going]
+            kv_cache.reorder_cache(going)
+        if len(rows) == 0 or t == T - 1:
+            break
+        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+        logits, kv_cache = step_forward(model, token.unsqueeze(1), mask, kv_cache)
+
+    samples = []
+    for row, length in enumerate(lengths.tolist()):
+        completion = tokens[row, :length].tolist()
+        logp = logps[row, :length].tolist()
+        samples.append(Sample(prompts[row // G], completion, logp, truncated[row].item()))
+    return samples
 
 
-def collate(samples, device, share_prompts=True):
-    """Samples as tensors for `score` and the losses: their tokens end to end, a prompt once for the neighbours that share it.
+# --------------------------------------------------------------------------------------------------
+# Scoring
 
-    The last token of a completion predicts nothing and is left out. Prompt 10 11 with the completions 20 21 22 and 30 31 gives
 
-        input_ids     10 11 20 21 30    [1, N]
-        position_ids   0  1  2  3  2    [1, N]
-        row            0  0  0  0  1    [N]     the sample that a token was laid down for
-        rows          0 1 4 .           [R, L]  where the tokens of a row stand, shortest row first; a list, by like lengths
-                      0 1 2 3
-        back           4  5  6  7  2    [N]     where a token's output stands among those of all rows
-        predicts       1  2  3  1  4    [n]     where the completion tokens are predicted, sample by sample
-        targets       20 21 22 30 31    [n]     which they are
-        mask          1 1 1             [B, T]  bool
-                      1 1 0
+def split_evenly(items, parts):
+    """Cuts a list into `parts` lists of neighbours, whose lengths differ by one at most.
 
-    as a dict. The mask comes from the completions' lengths, never from comparing ids with the padding token, which ends the text
-    of many models.
+    An empty list gives no part.
     """
-    ids, positions, owners, rows, predicts, targets, prompt = [], [], [], [], [], [], None
-    for number, s in enumerate(samples):
-        if not share_prompts or s["prompt_ids"] != prompt:
-            prompt, first = s["prompt_ids"], len(ids)
-            ids += prompt
-            positions += range(len(prompt))
-        rows.append([*range(first, first + len(prompt)), *range(len(ids), len(ids) + len(s["completion_ids"]) - 1)])
-        ids += s["completion_ids"][:-1]
-        positions += range(len(prompt), len(rows[-1]))
-        owners += [number] * (len(ids) - len(owners))
-        predicts += rows[-1][len(prompt) - 1 :]
-        targets += s["completion_ids"]
-
-    parts, back, places = [], [0] * len(ids), 0
-    for row in sorted(rows, key=len):
-        if not parts or len(row) > SPREAD * len(parts[-1][0]):
-            parts.append([])
-        parts[-1].append(row)
-    for part in parts:
-        for row in part:
-            for place, token in enumerate(row, start=places):  # a prompt's token is in several rows; any will do
-                back[token] = place
-            places += len(part[-1])  # the longest
-
-    lengths = torch.tensor([[len(s["completion_ids"])] for s in samples])
-    batch = {"input_ids": [ids], "position_ids": [positions], "row": owners, "predicts": predicts, "targets": targets, "back": back}
-    batch = {name: torch.tensor(value, device=device) for name, value in batch.items()}
-    batch["rows"] = [pad_sequence([torch.tensor(row) for row in part], batch_first=True).to(device) for part in parts]
-    return batch | {"mask": (torch.arange(lengths.max()) < lengths).to(device)}
+    if not items:
+        return []
+    cuts = [i * len(items) // parts for i in range(parts + 1)]
+    return [items[start:end] for start, end in zip(cuts[:-1], cuts[1:])]
 
 
-def micro_batches(samples, max_tokens):
-    """Cuts samples into lists of neighbours with at most `max_tokens` tokens in their rows (one sample at least)."""
-    parts, tokens = [], 0
-    for sample in samples:
-        length = len(sample["prompt_ids"]) + len(sample["completion_ids"])
+def micro_batches(samples, max_tokens, share_prompts=True):
+    """Cuts samples into lists for one forward pass each.
+
+    max_tokens: of prompts and completions in a list; a sample that is longer stands alone.
+    share_prompts: neighbours stay together, since they share a prompt; without it every sample is
+    a row of its own, so samples of like length go together, for little padding.
+    """
+    if not share_prompts:
+        samples = sorted(samples, key=lambda s: len(s.prompt_ids) + len(s.completion_ids))
+    parts = []
+    tokens = 0
+    for s in samples:
+        length = len(s.prompt_ids) + len(s.completion_ids)
         if not parts or tokens + length > max_tokens:
             parts.append([])
             tokens = 0
-        parts[-1].append(sample)
+        parts[-1].append(s)
         tokens += length
     return parts
 
 
-class LogProb(torch.autograd.Function):
-    """Log-probs [N] of the targets [N], and entropies [N] in nats without gradient, from logits [N, V].
+def collate(samples, device, share_prompts=True):
+    """Samples as the tensors that `score` and the losses take.
 
-    d logp / d logits = onehot(target) - softmax(logits). Written out, so that hardly more than two [N, V] tensors are alive at a
-    time and each is passed over few times (experiments/scaling.py shows what scoring takes).
+    share_prompts: a row holds a prompt and several completions of it (see the top of this file).
+
+    Returns a dict of R rows of N tokens, for B samples of at most T completion tokens, n in all:
+    input_ids, position_ids, completion_number: [R, N], completion_number is -1 on the padding;
+    predicts: [n], where in the flat [R * N] the completion tokens are predicted; targets: [n],
+    which tokens they are, sample by sample; mask: bool [B, T], True on completion tokens. The mask
+    comes from lengths, never from token ids: the padding token ends the text of many models.
     """
+    limit = max(len(s.prompt_ids) + len(s.completion_ids) for s in samples)
+    limit = max(limit, ROW_TOKENS)
+    rows = []  # of (token, position, completion number)
+    predicts = []  # (row, column) for each completion token
+    prompt = None
+    for s in samples:
+        inputs = s.completion_ids[:-1]  # the last token predicts nothing
+        fits = rows and len(rows[-1]) + len(inputs) <= limit
+        if not (share_prompts and s.prompt_ids == prompt and fits):
+            prompt = s.prompt_ids
+            number = 0
+            rows.append([(token, position, 0) for position, token in enumerate(prompt)])
+        row = rows[-1]
+        number += 1
+        columns = [len(prompt) - 1, *range(len(row), len(row) + len(inputs))]
+        predicts += [(len(rows) - 1, column) for column in columns]
+        row += [(token, len(prompt) + i, number) for i, token in enumerate(inputs)]
 
-    @staticmethod
-    def forward(ctx, logits, targets):
-        top, targets = logits.amax(dim=-1, keepdim=True), targets.unsqueeze(1)  # [N, 1]
-        weights = (logits - top).exp_()  # softmax(logits) * total
-        total = weights.sum(dim=-1, keepdim=True)
-        normaliser = top + total.log()
-        with torch.autocast(logits.device.type, enabled=False):  # in bf16 the sign of its change would be rounding
-            mean_logit = (weights.unsqueeze(1) @ logits.unsqueeze(2)).squeeze(2) / total
-        entropy = (normaliser - mean_logit).squeeze(1)
-        ctx.save_for_backward(weights, targets, total)
-        ctx.mark_non_differentiable(entropy)
-        return (logits.gather(1, targets) - normaliser).squeeze(1), entropy
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad, _):
-        weights, targets, total = ctx.saved_tensors
-        grad = grad.unsqueeze(1)  # [N, 1]
-        return (weights * (-grad / total)).scatter_add_(1, targets, grad), None
+    N = max(map(len, rows))
+    grid = [row + [(0, 0, -1)] * (N - len(row)) for row in rows]
+    grid = torch.tensor(grid, device=device)  # [R, N, 3]
+    targets = [token for s in samples for token in s.completion_ids]
+    lengths = torch.tensor([[len(s.completion_ids)] for s in samples], device=device)
+    return {
+        "input_ids": grid[..., 0],
+        "position_ids": grid[..., 1],
+        "completion_number": grid[..., 2],
+        "predicts": torch.tensor([row * N + column for row, column in predicts], device=device),
+        "targets": torch.tensor(targets, device=device),
+        "mask": torch.arange(int(lengths.max()), device=device) < lengths,
+    }
 
 
-def token_statistics(hidden, targets, head, softcap, temperature):
-    """Log-probs [N] of the targets [N] and entropies [N] from hidden states [N, D]."""
-    logits = head(hidden).float()  # [N, V]; log-softmax in fp32 under autocast too
-    if softcap:
-        logits = softcap * torch.tanh(logits / softcap)
-    return LogProb.apply(logits if temperature == 1 else logits / temperature, targets)
+def attention_mask(completion_number, dtype):
+    """Who sees whom. completion_number: [R, N], see `collate`; dtype: of an additive mask, or bool.
+
+    Rows of one completion need the ordinary mask [R, N] only. Others get [R, 1, N, N]: a token sees
+    what stands before it in the prompt and in its own completion.
+    """
+    if completion_number.max() <= 1:
+        return (completion_number >= 0).long()
+    of_query, of_key = completion_number.unsqueeze(2), completion_number.unsqueeze(1)
+    sees = (of_key == 0) | (of_key == of_query)  # [R, N, N]
+    sees = sees.tril().unsqueeze(1)
+    if dtype == torch.bool:
+        return sees
+    nothing_added = torch.zeros(sees.shape, dtype=dtype, device=sees.device)
+    return nothing_added.masked_fill(~sees, torch.finfo(dtype).min)
 
 
-def base(model):
-    """The causal language model itself, with `attention` in its layers; peft wraps it. Raises UserError as attention.prepare does."""
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model
-    attention.prepare(model)
-    return model
+def causal_lm(model):
+    """The causal language model itself: peft wraps it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def decoder_of(model):
+    """The part of a causal language model that turns tokens into hidden states."""
+    from transformers import PreTrainedModel
+
+    return next(child for child in model.children() if isinstance(child, PreTrainedModel))
+
+
+@contextmanager
+def decoder_returns(model, outputs):
+    """Within it the model's decoder returns `outputs` at once, so that only the LM head works."""
+    decoder = decoder_of(model)
+    decoder.forward = lambda *args, **options: outputs
+    try:
+        yield
+    finally:
+        del decoder.forward
+
+
+def entropy_of(logits):
+    """The entropy of softmax(logits) in nats. logits: [n, V] in fp32. Returns [n], no gradient.
+
+    With x = logits - max: H = log(sum exp x) - sum x exp(x) / sum exp x. Neither term is negative,
+    so nothing cancels, and the 1 of the largest logit stays out of the sum, so that log1p keeps
+    the digits of a distribution that is nearly certain. The sign of a small dH depends on them.
+    """
+    with torch.no_grad():
+        top, best = logits.max(dim=-1, keepdim=True)
+        shifted = (logits - top).clamp(min=-1e4)  # a logit may be -inf
+        weights = shifted.exp()
+        mean = (shifted * weights).sum(dim=-1) / weights.sum(dim=-1)
+        rest = weights.scatter_(1, best, 0.0).sum(dim=-1)
+        return torch.log1p(rest) - mean
+
+
+def token_statistics(model, outputs, hidden, targets, temperature):
+    """Log-probs [n] of the targets [n] and entropies [n] from hidden states [n, D].
+
+    The model's own forward pass makes the logits, with the decoder's work left out: what it does to
+    them behind its head, a scale or a soft cap, is done here too. outputs: the decoder's.
+    """
+    outputs = replace(outputs, last_hidden_state=hidden.unsqueeze(0), past_key_values=None)
+    with decoder_returns(model, outputs):
+        logits = model(input_ids=targets.unsqueeze(0), use_cache=False).logits[0].float()  # [n, V]
+    if temperature != 1:
+        logits = logits / temperature
+    logp = torch.log_softmax(logits, dim=-1).gather(1, targets.unsqueeze(1)).squeeze(1)
+    return logp, entropy_of(logits)
 
 
 def score(model, batch, temperature):
-    """Log-probs (with gradient where it is enabled) and entropies of the completion tokens, both [B, T], 0 in the padding.
+    """Log-probs, with gradient, and entropies of the completion tokens at a temperature.
 
-    batch: from `collate`. Every chunk of the LM head but a single one is recomputed in the backward pass instead of being kept.
-    Raises UserError for a model whose attention is not known.
+    batch: from `collate`. Returns two tensors [B, T], which are 0 outside the mask. No [B, T, V]
+    tensor ever exists: the LM head works in chunks, which the backward pass computes anew.
     """
-    model = base(model)
-    head, softcap = model.get_output_embeddings(), getattr(model.config, "final_logit_softcapping", None)
-    over = attention.packed(batch["rows"], batch["back"])
-    out = model.base_model(**attention.inputs(batch["input_ids"], batch["position_ids"], over))
-    hidden, targets = F.embedding(batch["predicts"], out.last_hidden_state[0]), batch["targets"]  # [n, D], [n]
+    model = causal_lm(model)
+    decoder = decoder_of(model)
+    # Eager attention adds its mask to the scores, the others take one of True and False.
+    mask_dtype = model.dtype if model.config._attn_implementation == "eager" else torch.bool
+    outputs = decoder(
+        input_ids=batch["input_ids"],
+        attention_mask=attention_mask(batch["completion_number"], mask_dtype),
+        use_cache=False,
+        **accepted(decoder, position_ids=batch["position_ids"]),
+    )
+    hidden = outputs.last_hidden_state.flatten(0, 1)  # [R * N, D]
+    hidden = hidden.index_select(0, batch["predicts"])  # [n, D]
 
-    chunk = ROWS * max(1, LOGITS_AT_ONCE // (ROWS * head.weight.shape[0]))
-    parts = []
-    for h, y in zip(hidden.split(chunk), targets.split(chunk)):
-        arguments = (h, y, head, softcap, temperature)
-        if len(targets) > chunk and torch.is_grad_enabled():
-            parts.append(checkpoint(token_statistics, *arguments, use_reentrant=False))
+    chunk = max(64, LOGITS_AT_ONCE // model.config.get_text_config().vocab_size)
+    logps, entropies = [], []
+    for h, y in zip(hidden.split(chunk), batch["targets"].split(chunk)):
+        arguments = (model, outputs, h, y, temperature)
+        if torch.is_grad_enabled() and len(hidden) > chunk:
+            logp, entropy = checkpoint(token_statistics, *arguments, use_reentrant=False)
         else:
-            parts.append(token_statistics(*arguments))
-    logp, entropy = (torch.cat(column) for column in zip(*parts))
-    empty = torch.zeros(batch["mask"].shape, device=logp.device)  # [B, T]
-    return empty.masked_scatter(batch["mask"], logp), empty.masked_scatter(batch["mask"], entropy)
+            logp, entropy = token_statistics(*arguments)
+        logps.append(logp)
+        entropies.append(entropy)
+    empty = torch.zeros(batch["mask"].shape, device=hidden.device)  # [B, T]
+    logp = empty.masked_scatter(batch["mask"], torch.cat(logps))
+    return logp, empty.masked_scatter(batch["mask"], torch.cat(entropies))
+
+
+# --------------------------------------------------------------------------------------------------
+# The check before a run
+
+
+@torch.no_grad()
+def own_logp(model, samples):
+    """The log-probs of all completion tokens, [n], from the model's logits of each row alone."""
+    parts = []
+    for s in samples:
+        ids = torch.tensor([s.prompt_ids + s.completion_ids], device=model.device)
+        logits = model(input_ids=ids, use_cache=False).logits[0, len(s.prompt_ids) - 1 : -1]
+        targets = ids[0, len(s.prompt_ids) :].unsqueeze(1)
+        parts.append(torch.log_softmax(logits.float(), dim=-1).gather(1, targets).squeeze(1))
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def scored_logp(model, samples, share_prompts):
+    """The same log-probs, [n], from `score`."""
+    batch = collate(samples, model.device, share_prompts)
+    return score(model, batch, temperature=1.0)[0][batch["mask"]]
+
+
+def shortest_window(config):
+    """The fewest tokens that a layer's attention looks back on, or None where there is no limit."""
+    windows = [
+        value
+        for name, value in vars(config).items()
+        if ("window" in name or "chunk" in name) and isinstance(value, int) and value > 1
+    ]
+    return min(windows, default=None)
+
+
+def check_model(model, longest):
+    """Compares `sample` and `score` with the model's own logits, on a few tokens, in fp32.
+
+    longest: tokens of prompt and completion together, at most, that the run may see.
+    Returns whether a row may hold several completions of a prompt: not where a window is shorter
+    than `longest`, or where a model makes something else of the mask.
+    Raises UserError for a model that `sample` or `score` cannot get right.
+    """
+    model = causal_lm(model).eval()
+    kind = model.config.model_type
+    config = model.config.get_text_config()
+    prompts = [[(7 * i + 3) % config.vocab_size for i in range(length)] for length in (3, 8)]
+    # The rounding of bf16 weights is of this size.
+    tolerance = 2e-3 if model.dtype == torch.float32 else 0.2
+
+    def gap(found):
+        return (found - expected).abs().max().item()
+
+    try:
+        samples = sample(
+            model,
+            prompts,
+            3,
+            max_completion_length=6,
+            temperature=1.0,
+            stop_ids=list(range(0, config.vocab_size, 5)),
+            generator=torch.Generator().manual_seed(0),
+        )
+        expected = own_logp(model, samples)
+        sampled = torch.tensor([logp for s in samples for logp in s.logp], device=model.device)
+        gaps = [gap(sampled), gap(scored_logp(model, samples, share_prompts=False))]
+    except Exception as error:  # whatever a model raises whose forward pass is of another form
+        reason = (str(error).strip() or repr(error)).splitlines()[0][:160]
+        raise UserError(f"a model of type {kind} cannot be run here: {reason}") from error
+    if not max(gaps) <= tolerance or math.isnan(sum(gaps)):
+        raise UserError(
+            f"a model of type {kind} cannot be run here: beside its log-probs of each row alone "
+            f"those of sampling are off by up to {gaps[0]:.2g}, those of scoring by {gaps[1]:.2g}"
+        )
+    if longest > (shortest_window(config) or longest):
+        return False
+    try:
+        return gap(scored_logp(model, samples, share_prompts=True)) <= tolerance
+    except Exception:  # the model takes no such mask
+        return False

@@ -1,406 +1,598 @@
-"""Train a language model with TEPO, GRPO or DAPO on problems whose answers can be checked. Reads from top to bottom.
+"""Train a language model by TEPO, GRPO, DAPO or an objective of your own, on tasks with a reward.
 
-    python train.py --algo tepo                      # the embedded 0.4M-parameter model, two CPU cores, under a minute
+    python train.py --algo tepo                      # the embedded model: two CPU cores, a minute
     python train.py --algo tepo --model DIR_OR_ID    # any causal language model
+    python train.py --algo my_loss.py --data my_task.py
 
-One step is one rollout and the optimizer updates made on it:
+One step is one rollout and the updates made on it:
 
-    1. sample   G completions for each of num_prompts prompts                                   rollout.sample
-    2. reward   check each answer; group the rewards into advantages                            reward.is_right, grpo.group_advantages
-    3. score    log-probs and entropies under the policy that sampled, kept as "old"            rollout.score
-    4. update   steps_per_generation mini-batches x num_iterations epochs, one AdamW step each  grpo / dapo / tepo loss
+    1. sample   G completions for each of num_prompts prompts                     rollout.sample
+    2. reward   judge each completion; group the rewards into advantages          tasks, grpo.py
+    3. score    log-probs and entropies under the policy that sampled, as "old"   rollout.score
+    4. update   steps_per_generation mini-batches x num_iterations epochs         its loss
+    5. log      a line on the terminal, a row in metrics.jsonl
 
-A mini-batch that is too large for one pass is cut into micro-batches, whose gradients add up.
-
-At the first update of a rollout, where pi = pi_old, TEPO and DAPO have the same gradient (and GRPO's only weighs the tokens
-by 1/|y_i|). They part at the later ones: a setting with one update per rollout can't tell them apart.
+A mini-batch that is too large for one pass is cut into micro-batches, whose gradients add up. At
+the first update of a rollout pi = pi_old, and TEPO and DAPO have the same gradient. They part at
+the later ones: a setting with one update a rollout cannot tell them apart.
 """
 
 import argparse
+import importlib
+import importlib.util
 import math
 import time
-from contextlib import nullcontext
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 
-import data
-from data import UserError
-from reward import is_right
-from runs import (
-    add_flag, add_run_flags, at_least, check_output_dir, is_embedded, latest_checkpoint, load_trainer_state, open_output_dir, parse_resumable,
-    peak_memory_gb, plot_curves, rewind, run_script, save_checkpoint, write_json, write_jsonl,
-)  # fmt: skip
+import torch
+from tqdm import tqdm
 
-# What works without a flag: on the embedded model, and on real ones (one 80 GB GPU). --preset paper is Section 4.1 of TEPO,
-# whose "updated 8 times" and mini-batches of 16 of 64 prompts are read as 4 mini-batches x 2 epochs. LORA: adapters want more.
-TINY = dict(data="arithmetic", steps=30, num_prompts=32, learning_rate=3e-5, max_completion_length=48, rollout_batch_size=512, num_iterations=1, save_steps=10, gradient_checkpointing=False)  # fmt: skip
-REAL = dict(data="dapo-math-17k", steps=100, num_prompts=64, learning_rate=1e-6, max_completion_length=2048, rollout_batch_size=128, num_iterations=1, save_steps=20, gradient_checkpointing=True)  # fmt: skip
-PAPER = REAL | dict(steps=72, learning_rate=5e-7, max_completion_length=8192, num_iterations=2, rollout_batch_size=32)
-LORA = dict(learning_rate=1e-5)
-ALGO = {
-    "grpo": dict(epsilon_high=0.2, beta=0.0, dynamic_sampling="off", overlong="none"),
-    "dapo": dict(epsilon_high=0.28, beta=0.0, dynamic_sampling="refill", overlong="soft"),
-    "tepo": dict(epsilon_high=0.28, beta=0.001, dynamic_sampling="filter", overlong="none"),
+import tasks
+from dapo import dynamic_sampling, soft_overlong_punishment
+from engine import models, runs
+from engine.errors import UserError, run_script
+from engine.flags import (
+    Formatter,
+    add_machine_flags,
+    add_run_flags,
+    below_one,
+    check_unchanged,
+    count,
+    non_negative_float,
+    positive_float,
+    positive_int,
+    resumed_flags,
+)
+from grpo import group_advantages, mixed_groups
+from rollout import check_model, collate, micro_batches, sample, score, split_evenly
+
+# Defaults for the embedded model and for a real one (one 80 GB GPU).
+TINY = dict(
+    data="arithmetic",
+    steps=30,
+    num_prompts=32,
+    learning_rate=3e-5,
+    num_iterations=2,
+    max_completion_length=48,
+    rollout_batch_size=512,
+    save_steps=10,
+    gradient_checkpointing=False,
+)
+REAL = dict(
+    data="dapo-math-17k",
+    steps=100,
+    num_prompts=64,
+    learning_rate=1e-6,
+    num_iterations=1,
+    max_completion_length=2048,
+    rollout_batch_size=128,
+    save_steps=20,
+    gradient_checkpointing=True,
+)
+# Section 4.1 of the TEPO paper. "Updated 8 times", with mini-batches of 16 of the 64 prompts, is
+# read as 4 mini-batches x 2 epochs.
+PAPER = dict(
+    steps=72,
+    learning_rate=5e-7,
+    num_iterations=2,
+    max_completion_length=8192,
+    rollout_batch_size=32,
+)
+LORA = dict(learning_rate=1e-5)  # adapters need a higher rate
+
+ALGORITHMS = ("tepo", "grpo", "dapo")
+SAMPLING = "groups of equal scores: off keeps them, filter drops them, refill samples on"
+OVERLONG = "soft punishes long completions, filter leaves truncated ones out of the loss"
+FREE_ON_RESUME = ("steps", "learning_rate", "save_steps", "log_completions_steps")
+OBJECTIVE_FLAGS = {  # of the keys of a RECIPE; a key that is not here becomes a flag as well
+    "epsilon": dict(type=below_one, help="clip the ratio below 1 - epsilon"),
+    "epsilon_high": dict(type=positive_float, help="clip the ratio above 1 + epsilon-high"),
+    "beta": dict(type=non_negative_float, help="weight of the KL term"),
+    "kl_mask": dict(choices=["none", "all", "positive", "negative", "both"], help="where it acts"),
+    "entropy_change": dict(choices=["exact", "covariance"], help="what decides the sign of dH"),
 }
 
 
-def build_parser():
-    """The flags; defaults that depend on the model or the algorithm are filled in by parse_args."""
-    usage = "python train.py --algo {tepo,grpo,dapo} [--model MODEL] [--data DATA] [flags]   (--help explains them)"
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage=usage)
+# --------------------------------------------------------------------------------------------------
+# Flags
 
-    tables = {"on tiny": TINY, "else": REAL, **{f"for {algo}": table for algo, table in ALGO.items()}}
-    flag = partial(add_flag, parser, tables)
-    flag("--algo", "tepo", "the objective", choices=list(ALGO))
-    flag("--model", "tiny", "a directory, a hub id, or a known name such as Qwen2.5-1.5B; tiny is the embedded model")
-    flag("--data", None, f"training problems: {', '.join(data.names('train'))}, or a .jsonl/.parquet file or a folder")
-    parser.add_argument("--preset", choices=["paper"], help="defaults of the TEPO paper's Section 4.1, for a real model")
+
+def load_algorithm(name):
+    """The module of an algorithm: "tepo", "grpo", "dapo", or the path of a Python file.
+
+    It has RECIPE, a dict of its flags with their defaults, and loss(batch, logp, entropy, args),
+    which returns the scalar loss and a dict of [B, T] tensors to log. It may have EMBEDDED, other
+    defaults for the embedded model, and needs_reference(args).
+    Raises UserError when there is no such file, or it cannot be imported, or it lacks these two.
+    """
+    if name in ALGORITHMS:
+        return importlib.import_module(name)
+    path = Path(name)
+    if path.suffix != ".py" or not path.is_file():
+        raise UserError(f"--algo {name}: neither a .py file nor one of {', '.join(ALGORITHMS)}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(f"--algo {name}: {type(error).__name__}: {error}") from error
+    if not isinstance(getattr(module, "RECIPE", None), dict) or not hasattr(module, "loss"):
+        raise UserError(f"--algo {name}: it needs RECIPE and loss(batch, logp, entropy, args)")
+    return module
+
+
+def build_parser(recipe, defaults):
+    """The flags. recipe: the algorithm's; defaults: those of the model, or of a run to resume."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0],
+        usage="python train.py --algo {tepo,grpo,dapo,FILE.py} [--model MODEL] [--data DATA] [flags]",
+        formatter_class=Formatter,
+        allow_abbrev=False,
+    )
+    flag = parser.add_argument
+    flag("--algo", default="tepo", help="tepo, grpo, dapo, or a .py file with RECIPE and loss")
+    flag("--model", default="tiny", help="a directory, a hub id, or a name such as Qwen2.5-1.5B")
+    flag("--data", help=f"{', '.join(tasks.names('train'))}, a data file or folder, or a .py file")
+    flag("--preset", choices=["paper"], help="the settings of the TEPO paper, for a real model")
     # Sampling
-    flag("--steps", None, "rollouts to make", int)
-    flag("--num-prompts", None, "prompts of a rollout", int)
-    flag("--num-generations", 8, "completions of a prompt, G")
-    flag("--max-prompt-length", 2048, "longer prompts are left out, never cut; in tokens")
-    flag("--max-completion-length", None, "tokens of a completion, at most", int)
-    flag("--temperature", 1.0, "sampling temperature; log-probs are taken at it too")
-    flag("--rollout-batch-size", None, "completions sampled at once: bounds the key/value cache", int)
-    flag("--compile", False, "decode by torch.compile and CUDA graphs, with a bf16 copy of the weights; for a GPU, where it was not measured")
-    flag("--dynamic-sampling", None, "groups of equal scores: off keeps them, filter drops them, refill samples on until the batch is full of mixed groups", choices=["off", "filter", "refill"])  # fmt: skip
-    flag("--max-sampling-rounds", 10, "cap on refill: rollouts of num-prompts prompts a step")
+    flag("--steps", type=positive_int, help="rollouts to make")
+    flag("--num-prompts", type=positive_int, help="prompts of a rollout")
+    flag("--num-generations", type=positive_int, default=8, help="completions of a prompt, G")
+    flag("--max-prompt-length", type=positive_int, default=2048, help="longer ones are left out")
+    flag("--max-completion-length", type=positive_int, help="in tokens")
+    flag("--temperature", type=positive_float, default=1.0, help="of sampling and of log-probs")
+    flag("--rollout-batch-size", type=positive_int, help="completions sampled at once")
+    flag("--dynamic-sampling", choices=["off", "filter", "refill"], default="off", help=SAMPLING)
+    flag("--max-sampling-rounds", type=positive_int, default=10, help="cap on refill, a step")
     # Reward
-    flag("--overlong", None, "soft: DAPO's punishment on the reward; filter: truncated completions leave the loss", choices=["none", "soft", "filter"])  # fmt: skip
-    flag("--overlong-cache", 0, "tokens before the limit at which the soft punishment begins; 0: a fifth of the limit")
-    flag("--reward-scale", "unit", "unit: 1 and 0 for right and wrong; dapo: +1 and -1", choices=["unit", "dapo"])
-    # Objective
-    flag("--epsilon", 0.2, "clip the ratio below 1 - epsilon")
-    flag("--epsilon-high", None, "clip the ratio above 1 + epsilon-high", float)
-    flag("--beta", None, "weight of the KL term: to the initial model in grpo, to the old policy in tepo", float)
-    flag("--kl-mask", "positive", "tepo: tokens that carry the KL term", choices=["none", "all", "positive", "negative", "both"])
-    flag("--entropy-change", "exact", "tepo: what decides the sign of dH", choices=["exact", "covariance"])
+    flag("--overlong", choices=["none", "soft", "filter"], default="none", help=OVERLONG)
+    flag("--overlong-cache", type=count, default=0, help="of soft, in tokens; 0: a fifth of all")
+    flag("--reward-scale", choices=["unit", "dapo"], default="unit", help="dapo: 0, 1 to -1, 1")
     # Optimizer
-    flag("--learning-rate", None, f"AdamW's, constant; {LORA['learning_rate']} with --lora-rank on a real model", float)
-    flag("--adam-beta2", 0.95, "AdamW's second moment")
-    flag("--weight-decay", 0.0, "AdamW's decoupled decay")
-    flag("--max-grad-norm", 1.0, "gradient norm is clipped to this")
-    flag("--steps-per-generation", 4, "mini-batches that a rollout is cut into, an update each")
-    flag("--num-iterations", None, "epochs over a rollout", int)
-    flag("--max-tokens-per-batch", 16384, "tokens of prompts and completions in one forward pass: lower it when out of memory")
-    flag("--gradient-checkpointing", None, "recompute activations in the backward pass", bool)
-    flag("--lora-rank", 0, "train low-rank adapters of this rank in place of all weights (pip install peft); 0: all weights")
+    flag("--learning-rate", type=positive_float, help="AdamW's, constant")
+    flag("--adam-beta2", type=below_one, default=0.95, help="AdamW's second moment")
+    flag("--weight-decay", type=non_negative_float, default=0.0, help="AdamW's, decoupled")
+    flag("--max-grad-norm", type=positive_float, default=1.0, help="the gradient is clipped to it")
+    flag("--steps-per-generation", type=positive_int, default=4, help="mini-batches of a rollout")
+    flag("--num-iterations", type=positive_int, help="epochs over a rollout")
+    flag("--max-tokens-per-batch", type=positive_int, default=8192, help="of one forward pass")
+    flag("--gradient-checkpointing", action=argparse.BooleanOptionalAction, help="saves memory")
+    flag("--lora-rank", type=count, default=0, help="of adapters; 0: train all weights")
     # House-keeping
-    flag("--save-steps", None, "checkpoint every so many steps, and at the end; 0: only at the end", int)
-    flag("--log-completions-steps", 10, "write a few completions every so many steps")
-    add_run_flags(parser, "train")
+    flag("--save-steps", type=count, help="a checkpoint every so many; 0: at the end only")
+    flag("--log-completions-steps", type=positive_int, default=10, help="write a few completions")
+    add_run_flags(parser)
+    add_machine_flags(parser)
+    # The objective's own
+    known = {action.dest for action in parser._actions}
+    for key, value in recipe.items():
+        if key not in known:
+            kind = {"help": "the objective's own", "type": type(value)}
+            flag("--" + key.replace("_", "-"), **OBJECTIVE_FLAGS.get(key, kind))
+    parser.set_defaults(script="train", **{**defaults, **recipe})
     return parser
 
 
 def parse_args(argv=None):
-    """Flags, with the defaults of the algorithm and the model filled in. Raises UserError on a combination that can't work."""
-    parser = build_parser()
-    args = parse_resumable(parser, argv, free=("steps", "learning_rate", "save_steps", "log_completions_steps"))
-    embedded = is_embedded(args.model)
-    if args.preset and embedded:
+    """The flags, with the defaults of the algorithm and the model, as a namespace.
+
+    Raises UserError on a combination that cannot work.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--algo", default="tepo")
+    first.add_argument("--model", default="tiny")
+    first.add_argument("--preset")
+    first.add_argument("--lora-rank", default="0")
+    first.add_argument("--output-dir")
+    first.add_argument("--resume", action="store_true")
+    look, _ = first.parse_known_args(argv)
+    saved = {}
+    if look.resume:
+        saved = resumed_flags(look.output_dir, "train")
+        look.algo = saved["algo"]
+
+    algorithm = load_algorithm(look.algo)
+    recipe = algorithm.RECIPE
+    embedded = runs.is_embedded(look.model)
+    if embedded:
+        recipe = {**recipe, **getattr(algorithm, "EMBEDDED", {})}
+    if look.preset and embedded:
         raise UserError("--preset paper is for a real model: give --model")
-    by_model = TINY if embedded else {**(PAPER if args.preset else REAL), **(LORA if args.lora_rank else {})}
-    for key, value in {**by_model, **ALGO[args.algo]}.items():
-        if getattr(args, key) is None:
-            setattr(args, key, value)
+    defaults = TINY if embedded else REAL
+    if look.preset:
+        defaults = {**defaults, **PAPER}
+    if look.lora_rank != "0" and not embedded:
+        defaults = {**defaults, **LORA}
+    parser = build_parser({**recipe, **saved}, defaults)
+    args = parser.parse_args(argv)
+    check_unchanged(args, saved, FREE_ON_RESUME)
     args.overlong_cache = args.overlong_cache or max(1, args.max_completion_length // 5)
 
-    if args.algo == "dapo" and args.beta:
-        raise UserError("--beta: dapo has no KL term; use --algo tepo or grpo")
-    for key in ("kl_mask", "entropy_change"):
-        if args.algo != "tepo" and getattr(args, key) != parser.get_default(key):
-            raise UserError(f"--{key.replace('_', '-')} belongs to --algo tepo, not {args.algo}")
-    if args.temperature <= 0:
-        raise UserError("--temperature must be above 0 in training: greedy completions are all the same and carry no advantage")
     if args.num_generations < 2:
-        raise UserError("--num-generations must be at least 2: a group of one is its own mean and has no advantage")
-    at_least(args, 1, "steps num_prompts max_prompt_length max_completion_length max_sampling_rounds steps_per_generation num_iterations "
-                      "max_tokens_per_batch log_completions_steps overlong_cache")  # fmt: skip
-    at_least(args, 0, "beta weight_decay lora_rank save_steps threads")
-    if not 0 < args.epsilon < 1 or not 0 <= args.adam_beta2 < 1 or min(args.epsilon_high, args.learning_rate, args.max_grad_norm) <= 0:
-        raise UserError("--epsilon must be in (0, 1), --adam-beta2 in [0, 1), --epsilon-high, --learning-rate and --max-grad-norm above 0")
+        raise UserError("--num-generations must be at least 2: a group of one has no advantage")
     if args.num_prompts % args.steps_per_generation:
-        raise UserError(f"--num-prompts {args.num_prompts} can't be cut into --steps-per-generation {args.steps_per_generation} equal mini-batches")
+        raise UserError(
+            f"--num-prompts {args.num_prompts} cannot be cut into "
+            f"--steps-per-generation {args.steps_per_generation} equal mini-batches"
+        )
     if args.rollout_batch_size < args.num_generations:
-        raise UserError(f"--rollout-batch-size must be at least --num-generations, {args.num_generations}: a group is sampled together")
+        raise UserError("--rollout-batch-size must be at least --num-generations")
     if args.overlong_cache > args.max_completion_length:
-        raise UserError("--overlong-cache can't be longer than --max-completion-length")
+        raise UserError("--overlong-cache cannot be longer than --max-completion-length")
     return args
 
 
-def with_adapters(model, rank, checkpoint):
-    """The model with LoRA adapters on every linear layer, fresh or from a checkpoint; all else is frozen.
-
-    Raises UserError where peft is not installed.
-    """
-    try:
-        from peft import LoraConfig, PeftModel, get_peft_model
-    except ImportError:
-        raise UserError("--lora-rank needs peft: pip install peft") from None
-    if checkpoint:
-        return PeftModel.from_pretrained(model, checkpoint, is_trainable=True)
-    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear"))
+# --------------------------------------------------------------------------------------------------
+# Set-up
 
 
-def objective(args, batch, logp, entropy, totals):
-    """The loss of one micro-batch under the chosen method, and the dict of [B, T] tensors for the log (see grpo.grpo_loss).
+@dataclass
+class Run:
+    """What a step needs: it is made once by `set_up`, and only step, cursor and rows change."""
 
-    batch: from `with_old_logp` in `train`; logp, entropy: [B, T] under the policy; totals: the whole mini-batch's counts and means.
-    """
-    from dapo import dapo_loss
-    from grpo import grpo_loss
-    from tepo import covariance_entropy_change, exact_entropy_change, tepo_loss
+    args: argparse.Namespace
+    algorithm: object  # the module with `loss`
+    task: tasks.Task
+    problems: list  # of the task, with their prompt_ids
+    tokenizer: object
+    model: torch.nn.Module
+    reference: torch.nn.Module | None  # the frozen initial model
+    share_prompts: bool  # see rollout.check_model
+    stop_ids: list
+    optimizer: torch.optim.Optimizer
+    generator: torch.Generator  # the sampler's
+    directory: Path
+    step: int  # steps done
+    cursor: int  # problems taken
+    rows: list  # of metrics.jsonl
 
-    tensors = (logp, batch["old_logp"], batch["advantages"], batch["loss_mask"])
-    clip = dict(epsilon_low=args.epsilon, epsilon_high=args.epsilon_high)
-    if args.algo == "grpo":
-        return grpo_loss(*tensors, num_sequences=totals["sequences"], beta=args.beta, ref_logp=batch.get("ref_logp"), **clip)
-    if args.algo == "dapo":
-        return dapo_loss(*tensors, num_tokens=totals["tokens"], **clip)
-    if args.entropy_change == "exact":
-        change = exact_entropy_change(entropy, batch["old_entropy"])
-    else:
-        change = covariance_entropy_change(logp, batch["advantages"], totals["mean_logp"], totals["mean_advantage"])
-    return tepo_loss(
-        *tensors, entropy_change=change, num_tokens=totals["tokens"], beta=args.beta, kl_mask=args.kl_mask, **clip
+    def autocast(self):
+        """bf16 on a GPU, fp32 elsewhere."""
+        device = self.model.device.type
+        return torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
+
+
+def load_policy(args, name, device, resumed):
+    """The model to train. name: of its weights; resumed: the checkpoint to go on from, or None."""
+    if not args.lora_rank:
+        # fp32 master weights: a small update would be lost in the rounding of bf16.
+        return models.load_model(str(resumed or name), device)
+    if models.has_adapters(name):
+        raise UserError(f"--lora-rank: {name} holds adapters itself: --resume that run instead")
+    dtype = torch.float32
+    if device.type == "cuda":
+        dtype = torch.bfloat16  # of the frozen base: no update is ever added to it
+    torch.manual_seed(args.seed)
+    return models.add_adapters(models.load_model(name, device, dtype), args.lora_rank, resumed)
+
+
+def set_up(args):
+    """Loads everything, opens the run's directory and returns a Run. Raises UserError."""
+    runs.check_output_dir(args)
+    device = models.pick_device(args.device)
+    name = models.resolve_model(args.model)
+    resumed = runs.latest_checkpoint(args.output_dir) if args.resume else None
+    tokenizer = models.load_tokenizer(name)
+    task = tasks.load(args.data, "train", args.data_root)
+    problems, _, _ = tasks.encode(task.problems, tokenizer, args.max_prompt_length)
+    print(tasks.describe(task, problems, tokenizer, args.max_prompt_length))
+
+    model = load_policy(args, name, device, resumed)
+    algorithm = load_algorithm(args.algo)
+    reference = None
+    if hasattr(algorithm, "needs_reference") and algorithm.needs_reference(args):
+        reference = models.load_model(name, device).requires_grad_(False)
+    longest = max(len(problem["prompt_ids"]) for problem in problems)
+    models.check_positions(model, longest + args.max_completion_length)
+    args.threads = models.set_threads(model, device, args.threads)
+    share_prompts = check_model(model, longest + args.max_completion_length)
+
+    directory = runs.open_output_dir(args, f"{Path(args.algo).stem}-{Path(args.model).name}")
+    runs.write_json(directory / "args.json", vars(args))
+    if args.gradient_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        parameters,
+        lr=args.learning_rate,
+        betas=(0.9, args.adam_beta2),
+        weight_decay=args.weight_decay,
+        fused=True,
     )
+    generator = torch.Generator().manual_seed(args.seed)
+    step = cursor = 0
+    if resumed:
+        step, cursor = runs.load_trainer_state(resumed, optimizer, generator)
+    rows = runs.rewind(directory, step)
+
+    memory = models.memory_estimate(model, device, args, longest, reference is not None)
+    memory = ", ".join(f"{1000 * gb:,.0f} MB {part}" for part, gb in memory.items())
+    trained = sum(p.numel() for p in parameters)
+    print(f"{args.algo} on {name}: {trained:,} trained parameters on {device}; expected: {memory}")
+    return Run(
+        args=args,
+        algorithm=algorithm,
+        task=task,
+        problems=problems,
+        tokenizer=tokenizer,
+        model=model,
+        reference=reference,
+        share_prompts=share_prompts,
+        stop_ids=models.stop_token_ids(model, tokenizer),
+        optimizer=optimizer,
+        generator=generator,
+        directory=directory,
+        step=step,
+        cursor=cursor,
+        rows=rows,
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# A step
+
+
+def sample_groups(run, count):
+    """Samples and judges `count` fresh prompts. Returns their groups, and which are mixed."""
+    args = run.args
+    G = args.num_generations
+    problems = tasks.take(run.problems, run.cursor, count, args.seed)
+    run.cursor += count
+    at_once = args.rollout_batch_size // G  # prompts
+    samples = []
+    for start in range(0, count, at_once):
+        prompts = [problem["prompt_ids"] for problem in problems[start : start + at_once]]
+        with run.autocast():
+            samples += sample(
+                run.model,
+                prompts,
+                G,
+                max_completion_length=args.max_completion_length,
+                temperature=args.temperature,
+                stop_ids=run.stop_ids,
+                generator=run.generator,
+            )
+    for i, s in enumerate(samples):
+        s.problem = problems[i // G]
+        s.text = run.tokenizer.decode(s.completion_ids, skip_special_tokens=True)
+        s.score = run.task.reward(s.problem, s.text)
+        s.reward = s.score
+        if args.reward_scale == "dapo":
+            s.reward = 2 * s.score - 1
+    if args.overlong == "soft":
+        lengths = torch.tensor([len(s.completion_ids) for s in samples])
+        punishments = soft_overlong_punishment(
+            lengths, args.max_completion_length, args.overlong_cache
+        )
+        for s, punishment in zip(samples, punishments.tolist()):
+            s.reward += punishment
+    groups = [samples[i : i + G] for i in range(0, len(samples), G)]
+    return groups, mixed_groups(torch.tensor([s.score for s in samples]), G)
+
+
+def roll_out(run):
+    """Steps 1 and 2. Returns the groups to train on, with advantages, and all that were sampled."""
+    args = run.args
+    if args.dynamic_sampling == "refill":
+        groups, sampled = dynamic_sampling(
+            lambda count: sample_groups(run, count), args.num_prompts, args.max_sampling_rounds
+        )
+        if len(groups) < args.num_prompts:
+            tqdm.write(
+                f"step {run.step}: {len(groups)} of {args.num_prompts} groups are mixed after "
+                f"--max-sampling-rounds {args.max_sampling_rounds}; training on those"
+            )
+    else:
+        sampled, mixed = sample_groups(run, args.num_prompts)
+        groups = sampled
+        if args.dynamic_sampling == "filter":
+            groups = [group for group, kept in zip(sampled, mixed.tolist()) if kept]
+    for group in groups:
+        rewards = torch.tensor([s.reward for s in group])
+        for s, advantage in zip(group, group_advantages(rewards, len(group)).tolist()):
+            s.advantage = advantage
+    return groups, sampled
+
+
+def old_statistics(run, samples):
+    """One mini-batch as a list of micro-batches, with what the loss needs of the old policy."""
+    args = run.args
+    batches = []
+    for part in micro_batches(samples, args.max_tokens_per_batch, run.share_prompts):
+        batch = collate(part, run.model.device, run.share_prompts)
+        batch["advantages"] = torch.tensor([s.advantage for s in part], device=run.model.device)
+        # The very batch that the update will use, so that the first ratio is exactly 1.
+        with torch.no_grad(), run.autocast():
+            batch["old_logp"], batch["old_entropy"] = score(run.model, batch, args.temperature)
+            if run.reference is not None:
+                batch["ref_logp"], _ = score(run.reference, batch, args.temperature)
+        sampled = [logp for s in part for logp in s.logp]
+        gap = torch.tensor(sampled, device=run.model.device) - batch["old_logp"][batch["mask"]]
+        batch["sampling_gap"] = gap.abs().max().item()
+        batches.append(batch)
+
+    # The normalisers are those of the whole mini-batch, so that micro-batches add up to it. The
+    # means are for TEPO's covariance proxy.
+    tokens = sum(batch["mask"].sum().item() for batch in batches)
+    logp = sum((batch["old_logp"] * batch["mask"]).sum().item() for batch in batches)
+    advantage = sum((batch["advantages"] * batch["mask"].sum(1)).sum().item() for batch in batches)
+    for batch in batches:
+        batch["num_tokens"] = tokens
+        batch["num_sequences"] = len(samples)
+        batch["mean_logp"] = logp / tokens
+        batch["mean_advantage"] = advantage / tokens
+    return batches
+
+
+def mini_batches(run, groups):
+    """Step 3. Returns a list of mini-batches, each a list of micro-batches.
+
+    After a filter there are fewer mini-batches, as full as before and as even as can be: 17 groups
+    that are left of 32, in mini-batches of 8, make 3, of 5, 6 and 6 groups.
+    """
+    count = math.ceil(len(groups) * run.args.steps_per_generation / run.args.num_prompts)
+    minis = []
+    for part in split_evenly(groups, count):
+        samples = [s for group in part for s in group]
+        if run.args.overlong == "filter":
+            samples = [s for s in samples if not s.truncated]
+        if samples:
+            minis.append(old_statistics(run, samples))
+    return minis
+
+
+def update(run, minis):
+    """Step 4: one optimizer step for each mini-batch and epoch.
+
+    Returns a dict of what was measured: token means of the loss's metrics, gradient norms, and so
+    on. Raises UserError when a gradient is not finite.
+    """
+    args = run.args
+    sums = {}
+    tokens = deviation = 0
+    grad_norms = []
+    parameters = run.optimizer.param_groups[0]["params"]
+    if args.gradient_checkpointing:
+        models.recompute_activations(run.model)
+    for batches in minis * args.num_iterations:
+        for batch in batches:
+            with run.autocast():
+                logp, entropy = score(run.model, batch, args.temperature)
+            mask = batch["mask"]
+            loss, metrics = run.algorithm.loss(batch, logp, entropy, args)
+            loss.backward()
+            ratio = metrics.pop("ratio", None)
+            if ratio is not None:
+                deviation = max(deviation, (ratio - 1)[mask].abs().max().item())
+            for key, value in {"entropy": entropy, **metrics}.items():
+                sums[key] = sums.get(key, 0.0) + value[mask].sum().item()
+            tokens += mask.sum().item()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).item()
+        if not math.isfinite(norm):
+            raise UserError(
+                f"step {run.step}: the gradient is {norm}, so training stops before it reaches the "
+                "weights; --resume goes on from the last checkpoint (try a lower --learning-rate)"
+            )
+        grad_norms.append(norm)
+        run.optimizer.step()
+        run.optimizer.zero_grad()  # no gradient takes up memory while sampling
+    means = {key: value / tokens for key, value in sums.items()}
+    gaps = [batch["sampling_gap"] for batches in minis for batch in batches]
+    return {
+        **means,
+        "grad_norm": mean(grad_norms),
+        "max_ratio_deviation": deviation,
+        "sampling_logp_difference": max(gaps, default=0.0),
+        "updates": len(grad_norms),
+    }
+
+
+def mean(values):
+    """The mean of a list of numbers; 0 for an empty list."""
+    return sum(values) / max(len(values), 1)
+
+
+def log(run, groups, sampled, measured, seconds):
+    """Step 5: a row of metrics.jsonl, some completions, and a line on the terminal."""
+    args = run.args
+    samples = [s for group in sampled for s in group]
+    lengths = [len(s.completion_ids) for s in samples]
+    row = {
+        "step": run.step,
+        "reward": mean([s.reward for s in samples]),
+        "score": mean([s.score for s in samples]),
+        "frac_reward_zero_std": mean([len({s.reward for s in group}) == 1 for group in sampled]),
+        "completions/mean_length": mean(lengths),
+        "completions/max_length": max(lengths),
+        "completions/clipped_ratio": mean([s.truncated for s in samples]),
+        # A step whose groups were all filtered out makes no update: these are null then.
+        **dict.fromkeys(("entropy", "clip_ratio/low", "clip_ratio/high", "kl", "kl_mask_fraction")),
+        **measured,
+        "groups_trained": len(groups),
+        "groups_sampled": len(sampled),
+        "tokens_per_second": sum(lengths) / sum(seconds.values()),
+        **{f"seconds/{phase}": value for phase, value in seconds.items()},
+        "peak_memory_gb": runs.peak_memory_gb(run.model.device),
+    }
+    run.rows.append(row)
+    runs.append_jsonl(run.directory / "metrics.jsonl", [row])
+    if run.step % args.log_completions_steps == 0 or run.step in (1, args.steps):
+        completions = [
+            {
+                "step": run.step,
+                "prompt": s.problem["prompt"],
+                "completion": s.text,
+                "reward": s.reward,
+                "answer": s.problem.get("answer"),
+                "truncated": s.truncated,
+            }
+            for group in sampled[:2]
+            for s in group[:2]
+        ]
+        runs.append_jsonl(run.directory / "completions.jsonl", completions)
+    line = f"step {run.step:3d}  reward {row['reward']:+.3f}  score {row['score']:.3f}"
+    line += f"  equal groups {row['frac_reward_zero_std']:.2f}"
+    line += f"  length {row['completions/mean_length']:.1f}"
+    if measured["updates"]:
+        clip = (row["clip_ratio/low"] or 0) + (row["clip_ratio/high"] or 0)
+        line += f"  entropy {row['entropy']:.3f}  clip {clip:.3f}"
+        line += f"  M {row['kl_mask_fraction'] or 0:.3f}  grad {row['grad_norm']:.2f}"
+    else:
+        line += "  nothing to learn from, no update"
+    tqdm.write(f"{line}  {sum(seconds.values()):.1f} s")
 
 
 def train(args):
-    """One run: see the top of this file. Returns the rows of metrics.jsonl. Raises UserError for what the user can mend."""
-    import torch
-    from tqdm import tqdm
-
-    from dapo import dynamic_sampling, mixed_groups, overlong_filter, soft_overlong_punishment
-    from grpo import group_advantages
-    from models import (
-        check_positions, fastest_thread_count, has_adapters, load_model, load_tokenizer, memory_estimate, pick_device, resolve_model,
-        sampling_copy, stop_token_ids,
-    )  # fmt: skip
-    from rollout import collate, compiled, micro_batches, sample, score
-
-    check_output_dir(args)
-    device, name = pick_device(args.device), resolve_model(args.model)
-    resumed = latest_checkpoint(args.output_dir) if args.resume else None
-    tokenizer = load_tokenizer(name)
-    problems = data.load_prompts(args.data, "train", tokenizer, args.max_prompt_length, args.data_root)
-    # fp32 master weights; the frozen base of a LoRA run can be bf16 on a GPU, since no update is ever added to it.
-    base_dtype = torch.bfloat16 if args.lora_rank and device.type == "cuda" else torch.float32
-    model = load_model(name if args.lora_rank or not resumed else str(resumed), device, base_dtype)
-    if args.lora_rank:
-        if has_adapters(name):
-            raise UserError(f"--lora-rank: {name} holds adapters itself; --resume goes on with them, without --lora-rank all weights are trained")
-        torch.manual_seed(args.seed)
-        model = with_adapters(model, args.lora_rank, resumed)
-    reference = load_model(name, device, base_dtype).requires_grad_(False) if args.algo == "grpo" and args.beta else None
-    longest = max(len(problem["prompt_ids"]) for problem in problems)
-    check_positions(model, longest + args.max_completion_length)
-    at_once = min(args.num_prompts, args.rollout_batch_size // args.num_generations)  # prompts
-    graphs, sampler = None, model
-    if args.compile:
-        sampler = sampling_copy(model, torch.bfloat16 if device.type == "cuda" else base_dtype)
-        graphs = compiled(at_once * args.num_generations, longest + args.max_completion_length)
-    directory = open_output_dir(args, f"{args.algo}-{Path(args.model).name}")
-    if device.type == "cpu":
-        args.threads = args.threads or fastest_thread_count(model)
-        torch.set_num_threads(args.threads)
-    write_json(directory / "args.json", vars(args))
-
-    if args.gradient_checkpointing:
-        model.activation_checkpointing_enable()
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        parameters, lr=args.learning_rate, betas=(0.9, args.adam_beta2), weight_decay=args.weight_decay, fused=True
+    """One run: see the top of this file. Returns the rows of metrics.jsonl. Raises UserError."""
+    run = set_up(args)
+    print(
+        f"a step: {args.num_prompts} prompts x {args.num_generations} completions of at most "
+        f"{args.max_completion_length} tokens, {args.steps_per_generation} mini-batches x "
+        f"{args.num_iterations} epochs; stop tokens "
+        f"{run.tokenizer.convert_ids_to_tokens(run.stop_ids)}; writing to {run.directory}"
     )
-    generator = torch.Generator().manual_seed(args.seed)
-    step, cursor = load_trainer_state(resumed, optimizer, generator) if resumed else (0, 0)
-    rows = rewind(directory, step)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
-    stop_ids = stop_token_ids(model, tokenizer)
-
-    print(f"{args.algo} on {name}: {sum(p.numel() for p in parameters):,} trained parameters on {device}"
-          + (f" with {args.threads} thread(s)" if device.type == "cpu" else "") + "; expected memory: "
-          + ", ".join(f"{1000 * gb:,.0f} MB {part}" for part, gb in memory_estimate(model, device, args, longest).items()))  # fmt: skip
-    print(f"a step: {args.num_prompts} prompts x {args.num_generations} completions of at most {args.max_completion_length} tokens, "
-          f"so at most {args.num_prompts * args.num_generations * args.max_completion_length:,}; {args.steps_per_generation} mini-batches x "
-          f"{args.num_iterations} epoch(s) = {args.steps_per_generation * args.num_iterations} updates; "
-          f"stop tokens {tokenizer.convert_ids_to_tokens(stop_ids)}; writing to {directory}")  # fmt: skip
-
-    def sample_groups(count):
-        """Samples and judges `count` fresh prompts; returns their groups and which of them are mixed."""
-        nonlocal cursor
-        chosen = data.take(problems, cursor, count, args.seed)
-        cursor += count
-        samples = []
-        if graphs:
-            with torch.no_grad():
-                for own, trained in zip(sampler.parameters(), model.parameters()):
-                    own.copy_(trained)
-        for start in range(0, count, at_once):
-            with nullcontext() if graphs else autocast:
-                samples += sample(
-                    sampler, [problem["prompt_ids"] for problem in chosen[start : start + at_once]], args.num_generations,
-                    max_completion_length=args.max_completion_length, temperature=args.temperature, stop_ids=stop_ids,
-                    generator=generator, graphs=graphs,
-                )  # fmt: skip
-        for i, s in enumerate(samples):
-            s["problem"] = chosen[i // args.num_generations]
-            s["text"] = tokenizer.decode(s["completion_ids"], skip_special_tokens=True)
-            s["right"] = float(is_right(s["text"], s["problem"]["answer"], s["problem"]["styles"]))
-            s["reward"] = 2 * s["right"] - 1 if args.reward_scale == "dapo" else s["right"]
-        if args.overlong == "soft":
-            lengths = torch.tensor([len(s["completion_ids"]) for s in samples])
-            punishments = soft_overlong_punishment(lengths, args.max_completion_length, args.overlong_cache)
-            for s, punishment in zip(samples, punishments.tolist()):
-                s["reward"] += punishment
-        groups = [samples[i : i + args.num_generations] for i in range(0, len(samples), args.num_generations)]
-        return groups, mixed_groups(torch.tensor([s["right"] for s in samples]), args.num_generations)
-
-    def with_old_logp(samples):
-        """A mini-batch as micro-batches with old log-probs and entropies, and the counts they share."""
-        batches = []
-        for part in micro_batches(samples, args.max_tokens_per_batch):
-            batch = collate(part, device)
-            batch["advantages"] = torch.tensor([s["advantage"] for s in part], device=device)
-            with torch.no_grad(), autocast:
-                # The very batch that the update will use, so that the first ratio is exactly 1 in any precision.
-                batch["old_logp"], batch["old_entropy"] = score(model, batch, args.temperature)
-                if reference is not None:
-                    batch["ref_logp"], _ = score(reference, batch, args.temperature)
-            sampled = torch.tensor([x for s in part for x in s["logp"]], device=device)
-            batch["sampling_gap"] = (sampled - batch["old_logp"][batch["mask"]]).abs()
-            truncated = torch.tensor([s["truncated"] for s in part], device=device)
-            batch["loss_mask"] = overlong_filter(batch["mask"], truncated) if args.overlong == "filter" else batch["mask"]
-            batches.append(batch)
-        total = lambda value_of: sum((value_of(batch) * batch["loss_mask"]).sum().item() for batch in batches)  # noqa: E731
-        tokens = total(lambda batch: 1)
-        # The covariance proxy is centred on the *old* log-probs: known before the update, so every micro-batch has the same mean.
-        return batches, {
-            "tokens": tokens,
-            "sequences": sum(batch["loss_mask"].any(dim=1).sum().item() for batch in batches),
-            "mean_logp": total(lambda batch: batch["old_logp"]) / max(tokens, 1),
-            "mean_advantage": total(lambda batch: batch["advantages"].unsqueeze(1)) / max(tokens, 1),
-        }
-
-    bar = tqdm(total=args.steps, initial=step, desc=args.algo, disable=None)
-    while step < args.steps:
-        step += 1
+    bar = tqdm(total=args.steps, initial=run.step, desc=Path(args.algo).stem, disable=None)
+    while run.step < args.steps:
+        run.step += 1
         clock = [time.perf_counter()]
-        # 1, 2. sample and reward
-        if args.dynamic_sampling == "refill":
-            groups, sampled, rounds = dynamic_sampling(sample_groups, args.num_prompts, args.max_sampling_rounds)
-            if len(groups) < args.num_prompts:
-                tqdm.write(f"step {step}: {len(groups)} of {args.num_prompts} groups are mixed after {rounds} rounds (--max-sampling-rounds); training on those")
-        else:
-            sampled, mixed = sample_groups(args.num_prompts)
-            groups = [g for g, keep in zip(sampled, mixed.tolist()) if keep] if args.dynamic_sampling == "filter" else sampled
-        everyone = [s for group in sampled for s in group]
-        for group in groups:
-            advantages = group_advantages(torch.tensor([s["reward"] for s in group]), args.num_generations)
-            for s, advantage in zip(group, advantages.tolist()):
-                s["advantage"] = advantage
+        groups, sampled = roll_out(run)
         clock.append(time.perf_counter())
-
-        # 3. score: mini-batches of whole groups; after a filter there are fewer of them, as full and as even as can be
-        # (17 groups that are left of 32, and 4 mini-batches: 3 of them, of 5, 6 and 6 groups)
-        count = -(-len(groups) * args.steps_per_generation // args.num_prompts)
-        cuts = [i * len(groups) // count for i in range(count + 1)] if count else []
-        minis = [with_old_logp([s for group in groups[a:b] for s in group]) for a, b in zip(cuts, cuts[1:])]
-        gaps = torch.cat([batch["sampling_gap"] for batches, _ in minis for batch in batches]) if minis else torch.zeros(1)
-        gap = gaps.max().item()
-        # In fp32 rounding is a thousand times smaller. In bf16 a rare token can be far off, but not the mean.
-        if (gaps.mean().item() > 0.2) if device.type == "cuda" else gap > 0.05:
-            raise UserError(f"step {step}: the log-probs of sampler and scorer differ by up to {gap:.2f}: rollout.score does not compute the logits "
-                            f"of {model.config.model_type} (is there a scaling behind its LM head?), so training would be wrong")  # fmt: skip
+        minis = mini_batches(run, groups)
         clock.append(time.perf_counter())
-
-        # 4. update
-        sums = dict.fromkeys(["tokens", "entropy", "kl", "kl_mask", "clip_low", "clip_high"], 0.0)
-        deviation, grad_norms = 0.0, []
-        model.train()  # there is no dropout; gradient checkpointing asks for train mode
-        for batches, totals in minis * args.num_iterations:
-            if not totals["tokens"]:  # all truncated, and filtered out: even an empty step would let AdamW's momentum move
-                continue
-            for batch in batches:
-                with autocast:
-                    logp, entropy = score(model, batch, args.temperature)
-                mask = batch["loss_mask"]
-                loss, parts = objective(args, batch, logp, entropy, totals)
-                loss.backward()
-                sums["tokens"] += mask.sum().item()
-                sums["entropy"] += entropy[mask].sum().item()
-                for key in ("kl", "kl_mask", "clip_low", "clip_high"):
-                    sums[key] += parts[key][mask].sum().item()
-                deviation = max(deviation, (parts["ratio"] - 1)[mask].abs().max().item() if mask.any() else 0.0)
-            grad_norms.append(torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).item())
-            if not math.isfinite(grad_norms[-1]):
-                raise UserError(f"step {step}: the gradient is {grad_norms[-1]}, so training stops before it reaches the weights; "
-                                "--resume with a lower --learning-rate goes on from the last checkpoint")  # fmt: skip
-            optimizer.step()
-            optimizer.zero_grad()  # here rather than before the next update: no gradient takes up memory while sampling
+        measured = update(run, minis)
         clock.append(time.perf_counter())
-
-        # 5. log
-        lengths = [len(s["completion_ids"]) for s in everyone]
-        per_token = {key: value / sums["tokens"] if sums["tokens"] else None for key, value in sums.items()}
-        mean = lambda values: sum(values) / max(len(values), 1)  # noqa: E731
-        seconds = [after - before for before, after in zip(clock, clock[1:])]
-        rows.append({
-            "step": step,
-            "reward": mean([s["reward"] for s in everyone]),
-            "accuracy": mean([s["right"] for s in everyone]),
-            "frac_reward_zero_std": mean([len({s["reward"] for s in group}) == 1 for group in sampled]),
-            "completions/mean_length": mean(lengths),
-            "completions/max_length": max(lengths),
-            "completions/clipped_ratio": mean([s["truncated"] for s in everyone]),
-            "entropy": per_token["entropy"],
-            "clip_ratio/low": per_token["clip_low"],
-            "clip_ratio/high": per_token["clip_high"],
-            "kl": per_token["kl"],
-            "kl_mask_fraction": per_token["kl_mask"],
-            "grad_norm": mean(grad_norms),
-            "max_ratio_deviation": deviation,
-            "sampling_logp_difference": gap,
-            "groups_trained": len(groups),
-            "groups_sampled": len(sampled),
-            "updates": len(grad_norms),
-            "tokens_per_second": sum(lengths) / sum(seconds),
-            "seconds/sample": seconds[0], "seconds/score": seconds[1], "seconds/update": seconds[2],
-            "peak_memory_gb": peak_memory_gb(device),
-        })  # fmt: skip
-        row = rows[-1]
-        write_jsonl(directory / "metrics.jsonl", [row], mode="a")
-        if step % args.log_completions_steps == 0 or step in (1, args.steps):
-            write_jsonl(directory / "completions.jsonl", [
-                {"step": step, "prompt": s["problem"]["prompt"], "completion": s["text"], "reward": s["reward"],
-                 "answer": s["problem"]["answer"], "truncated": s["truncated"]}
-                for group in sampled[:2] for s in group[:2]
-            ], mode="a")  # fmt: skip
-        # A step whose groups were all filtered out makes no update; what is measured while updating is null.
-        updated = "no token to learn from, no update" if not sums["tokens"] else (
-            f"entropy {row['entropy']:.3f}  clip {row['clip_ratio/low'] + row['clip_ratio/high']:.4f}  kl {row['kl']:.4f}  grad {row['grad_norm']:.2f}"
-        )  # fmt: skip
-        tqdm.write(f"step {step:3d}  reward {row['reward']:+.3f}  right {row['accuracy']:.3f}  equal groups {row['frac_reward_zero_std']:.2f}  "
-                   f"length {row['completions/mean_length']:.1f}  {updated}  {sum(seconds):.1f} s")  # fmt: skip
+        laps = [end - start for start, end in zip(clock[:-1], clock[1:])]
+        log(run, groups, sampled, measured, dict(zip(("sample", "score", "update"), laps)))
         bar.update()
-        if step == args.steps or args.save_steps and step % args.save_steps == 0:
-            save_checkpoint(directory, step, model, tokenizer, optimizer, generator, cursor)
-            plot_curves(rows, directory / "curves.png")
+        if run.step == args.steps or (args.save_steps and run.step % args.save_steps == 0):
+            runs.save_checkpoint(
+                run.directory,
+                run.step,
+                run.model,
+                run.tokenizer,
+                run.optimizer,
+                run.generator,
+                run.cursor,
+            )
+            runs.plot_curves(run.rows, run.directory / "curves.png")
     bar.close()
-    return rows
+    return run.rows
 
 
-def main():
+def main(argv=None):
     started = time.time()
-    args = parse_args()
+    args = parse_args(argv)
     rows = train(args)
-    if rows:
-        mean = lambda part: sum(row["reward"] for row in part) / len(part)  # noqa: E731
-        print(f"mean reward {mean(rows[:3]):.3f} in the first {len(rows[:3])} steps, {mean(rows[-5:]):.3f} in the last {len(rows[-5:])}; "
-              f"{time.time() - started:.0f} s in all")  # fmt: skip
-    print(f"metrics.jsonl, curves.png, completions.jsonl and the checkpoint are in {args.output_dir}")
+    rewards = [row["reward"] for row in rows]
+    print(
+        f"mean reward {mean(rewards[:3]):.3f} in the first {len(rewards[:3])} steps, "
+        f"{mean(rewards[-5:]):.3f} in the last {len(rewards[-5:])}; {time.time() - started:.0f} s"
+    )
+    print(
+        f"metrics.jsonl, curves.png, completions.jsonl and the checkpoint are in {args.output_dir}"
+    )
 
 
 if __name__ == "__main__":
-    run_script(main, "train.py")
+    run_script(main, "train.py", "; --resume --output-dir DIR goes on from its last checkpoint")

@@ -1,159 +1,328 @@
-"""cast.py --compare: is it the conflict map that keeps utility, or only that less moves?
+"""Is it the conflict map that keeps utility, or only that less moves?
 
-Budget-matched arms from the same start, several seeds; each seed has its own split of the data, map, order of batches and
-random heads. Arms are compared after equal steps and at matched safety (the same NLL of held-out refusals), because whoever
-trains fewer heads is slower to become safe and looks better at equal steps.
+    python cast.py --compare [flags]    # or: python -m experiments.cast_compare [flags]
+
+Ten arms are tuned from the same start. They differ in what may move: everything, the MLPs, all
+heads, or all heads but some. Those that skip heads skip equally many: the ones of the highest C,
+random ones, the ones of the lowest C, and so on. Every seed has its own split of the data, conflict
+map, order of batches and random heads.
+
+An arm of which less moves learns safety more slowly, so that after equal steps it has also lost
+less utility. So the arms are compared at matched safety too: where the NLL of the refusals of
+held-out harmful prompts has fallen to the same level.
 """
 
 import math
 import random
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
 
-from cast import diagnose, evaluate, load_sets, ranked, settings, sft, update_of
-from data import UserError
-from heads import trained_masks
-from runs import save_figure, write_json
+import torch
+from tqdm import tqdm
+
+import cast
+from engine.errors import UserError, run_script
+from engine.flags import non_negative_float, positive_int
+from engine.heads import trained_masks, update_of, weights_of
+from engine.runs import save_figure, write_json
+
+# Three times the learning rate of --tune. At the gentle one tuning costs the embedded model nothing
+# but over-refusal, so there would be nothing to compare.
+TINY = {**cast.TINY, "learning_rate": 3e-3, "steps": 24}
+
+# --------------------------------------------------------------------------------------------------
+# The arms
+
+
+@dataclass
+class Arm:
+    """What may move. Arms of one name are draws of the same, and their mean is reported."""
+
+    name: str
+    trainable: str  # see engine.heads.trained_masks
+    skipped: set  # of (layer, head)
 
 
 def top_per_layer(scores, count):
-    """`count` heads of high score, as many from each layer as can be: the best of each first, then each one's second, ..."""
-    order, place = ranked(scores), {}
+    """`count` heads of high score, equally many of each layer where that is possible.
+
+    scores: [layers][H] numbers. First the best head of every layer, then every second best, ...
+    """
+    order = cast.ranked(scores)
+    seen = Counter()  # heads of each layer
+    rank_in_layer = {}
     for layer, head in order:
-        place[layer, head] = sum(other == layer for other, _ in place)
-    return sorted(order, key=place.get)[:count]
+        rank_in_layer[layer, head] = seen[layer]
+        seen[layer] += 1
+    return sorted(order, key=rank_in_layer.get)[:count]
 
 
-def arms(found, count, random_draws, rng):
-    """The arms of --compare as (name, what is trainable, skipped heads). All that skip, skip `count` heads, but layer 0."""
-    order = ranked(found["C"])
+def make_arms(found, count, random_draws, rng):
+    """The arms, as a list of Arm. Those that skip, skip `count` heads; layer 0 has its own number.
+
+    found: cast.ConflictMap; random_draws: random sets of heads; rng: random.Random.
+    """
+    by_C = cast.ranked(found.C)
+    by_O = cast.ranked(found.O)
+    by_S = cast.ranked(found.S)
+    layer_0 = {place for place in by_C if place[0] == 0}
+    drawn = [set(rng.sample(by_C, count)) for _ in range(random_draws)]
     return [
-        ("full", "all", set()), ("MLP only", "mlp", set()), ("all heads", "heads", set()),
-        ("skip top C", "heads", set(order[:count])),
-        *((f"skip random {i + 1}", "heads", set(rng.sample(order, count))) for i in range(random_draws)),
-        ("skip bottom C", "heads", set(order[len(order) - count :])),
-        ("skip top O", "heads", set(ranked(found["O"])[:count])),
-        ("skip top S", "heads", set(ranked(found["S"])[:count])),
-        ("skip layer 0", "heads", {head for head in order if head[0] == 0}),
-        ("skip top C per layer", "heads", set(top_per_layer(found["C"], count))),
-    ]  # fmt: skip
+        Arm("full", "all", set()),
+        Arm("MLP only", "mlp", set()),
+        Arm("all heads", "heads", set()),
+        Arm("skip top C", "heads", set(by_C[:count])),
+        *[Arm("skip random", "heads", skipped) for skipped in drawn],
+        Arm("skip bottom C", "heads", set(by_C[len(by_C) - count :])),
+        Arm("skip top O", "heads", set(by_O[:count])),
+        Arm("skip top S", "heads", set(by_S[:count])),
+        Arm("skip layer 0", "heads", layer_0),
+        Arm("skip top C per layer", "heads", set(top_per_layer(found.C, count))),
+    ]
+
+
+# --------------------------------------------------------------------------------------------------
+# Runs. A trajectory is a list of rows: dicts of numbers, with the step and what cast.evaluate says.
+
+
+def judged_steps(steps, evaluations):
+    """The steps after which a run is judged, the last one included.
+
+    They are denser towards the start: the arms that learn fastest are matched in their first steps.
+    """
+    shares = [i / evaluations for i in range(1, evaluations + 1)]
+    return {math.ceil(steps * share**2) for share in shares}
+
+
+def run_arm(arm, args, model, tokenizer, heads, sets, seed, begin):
+    """The trajectory of an arm from its first row, `begin`. The model is as it was afterwards.
+
+    args: the flags; sets: cast.Sets of the seed.
+    """
+    start = weights_of(model)
+    masks = trained_masks(model, heads, arm.skipped, arm.trainable, args.train_kv)
+    judged = judged_steps(args.steps, args.evaluations)
+    rows = [begin]
+    steps = cast.sft(model, sets.safe, masks, args, seed)
+    title = f"seed {seed}, {arm.name}"
+    for step, _ in tqdm(steps, total=args.steps, desc=title, leave=False, disable=None):
+        if step in judged:
+            norm = update_of(model, start, masks).norm
+            numbers = cast.evaluate(model, tokenizer, sets, args)
+            rows.append({"step": step, "update_norm": norm, **numbers})
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(start[name])
+    return rows
 
 
 def at_safety(rows, level):
-    """A trajectory's numbers where its safety_nll first falls to `level`, interpolated in its logarithm; None if never."""
-    for before, after in zip(rows[:1] + rows, rows):
-        if after["safety_nll"] <= level:
-            logs = [math.log(max(x, 1e-12)) for x in (before["safety_nll"], level, after["safety_nll"])]
-            weight = (logs[0] - logs[1]) / (logs[0] - logs[2]) if logs[0] > logs[2] else 1.0
-            found = {key: (1 - weight) * before[key] + weight * after[key] for key in before}
-            return {**found, "safety_nll": min(level, before["safety_nll"])}
-    return None
+    """The numbers of a trajectory where its safety_nll first falls to `level`; None if never.
+
+    Between two rows they are interpolated in the logarithm of safety_nll.
+    """
+    crossing = next((i for i, row in enumerate(rows) if row["safety_nll"] <= level), None)
+    if crossing is None:
+        return None
+    if crossing == 0:
+        return rows[0]
+    before, after = rows[crossing - 1], rows[crossing]
+    fall = math.log(before["safety_nll"] / max(after["safety_nll"], 1e-12))
+    weight = math.log(before["safety_nll"] / max(level, 1e-12)) / fall
+    found = {key: (1 - weight) * before[key] + weight * after[key] for key in before}
+    return {**found, "safety_nll": level}
 
 
 def mean_of(rows):
     """The mean of several dicts of numbers, key by key."""
-    return {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
+    return {key: fmean(row[key] for row in rows) for key in rows[0]}
 
 
-def spread(values):
-    """Mean and standard deviation (nan of one)."""
-    mean = sum(values) / len(values)
-    return mean, math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1)) if len(values) > 1 else math.nan
+def run_seed(seed, args, model, tokenizer, heads):
+    """All arms of a seed.
+
+    Returns the safety_nll at which they are matched, and a dict arm -> "start", "end", "matched"
+    (rows) and "trajectory". Raises UserError when an arm never reaches --match-nll.
+    """
+    sets = cast.load_sets(args, tokenizer, seed)
+    found = cast.diagnose(model, sets.safe[: args.examples], sets.util, heads, args)
+    begin = {"step": 0, "update_norm": 0.0, **cast.evaluate(model, tokenizer, sets, args)}
+    rng = random.Random(f"{seed}, random heads")
+    runs = {}  # name -> trajectories
+    for arm in make_arms(found.map, cast.number_skipped(args, heads), args.random_draws, rng):
+        rows = run_arm(arm, args, model, tokenizer, heads, sets, seed, begin)
+        runs.setdefault(arm.name, []).append(rows)
+
+    ends = [rows[-1]["safety_nll"] for many in runs.values() for rows in many]
+    level = args.match_nll or max(ends)
+    results = {}
+    for name, many in runs.items():
+        matched = [at_safety(rows, level) for rows in many]
+        if None in matched:
+            raise UserError(f"--match-nll {level:g} is not reached by {name!r}; give more --steps")
+        results[name] = {
+            "start": begin,
+            "end": mean_of([rows[-1] for rows in many]),
+            "matched": mean_of(matched),
+            "trajectory": [mean_of(rows) for rows in zip(*many)],
+        }
+    return level, results
+
+
+# --------------------------------------------------------------------------------------------------
+# What came out. `results` is a list of what run_seed gave, one dict a seed.
+
+
+def mean_and_sd(values):
+    """Mean and standard deviation; nan for that of one value."""
+    return fmean(values), stdev(values) if len(values) > 1 else math.nan
+
+
+def rises(results, arm, key):
+    """By how much a number rose with an arm until safety was matched, seed by seed."""
+    return [seed[arm]["matched"][key] - seed[arm]["start"][key] for seed in results]
 
 
 def answer(results, key):
-    """In words: does `key` rise less with the top-C heads skipped than with random ones?
+    """In words: does `key` rise less with the top-C heads skipped than with random ones skipped?
 
-    Yes or no if all seeds agree, which n fair coins would do once in 2^n on either side; else it is not shown.
+    It is yes or no if all seeds agree. n fair coins would do that once in 2^n on either side.
     """
-    arms_compared = ("skip top C", "skip random")
-    rises = [[seed[arm]["matched"][key] - seed[arm]["start"][key] for arm in arms_compared] for seed in results]
-    less, more = sum(top < rand for top, rand in rises), sum(top > rand for top, rand in rises)
-    (top, top_sd), (rand, rand_sd) = (spread(column) for column in zip(*rises))
-    word = "yes" if less == len(rises) else "no" if more == len(rises) else "not shown"
-    chance = f"; all {len(rises)} would agree by chance in 1 of {2 ** (len(rises) - 1)} runs" if word != "not shown" else ""
-    return (f"{key}: {word}. It changes by {top:+.5f} (sd {top_sd:.5f}) with the top C heads skipped and by {rand:+.5f} "
-            f"(sd {rand_sd:.5f}) with random ones; by less in {less} of {len(rises)} seeds{chance}")  # fmt: skip
+    top = rises(results, "skip top C", key)
+    rand = rises(results, "skip random", key)
+    seeds = len(results)
+    less = sum(a < b for a, b in zip(top, rand))
+    more = sum(a > b for a, b in zip(top, rand))
+    chance = f"; all {seeds} would agree by chance in 1 of {2 ** (seeds - 1)} runs"
+    if less == seeds:
+        word = "yes"
+    elif more == seeds:
+        word = "no"
+    else:
+        word = "not shown"
+        chance = ""
+    top_mean, top_sd = mean_and_sd(top)
+    rand_mean, rand_sd = mean_and_sd(rand)
+    return (
+        f"{key}: {word}. It changes by {top_mean:+.5f} (sd {top_sd:.5f}) with the top C heads "
+        f"skipped and by {rand_mean:+.5f} (sd {rand_sd:.5f}) with random ones; "
+        f"by less in {less} of {seeds} seeds{chance}"
+    )
 
 
 def draw_frontier(results, path):
-    """Utility against safety along training, a line an arm, the mean over seeds."""
+    """Utility against safety along training as a PNG: a line an arm, the mean over the seeds."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 3, figsize=(18, 5), layout="constrained")
+    colors = pyplot.get_cmap("tab10").colors
     for axis, key in zip(axes, ("offtopic_nll", "total_nll", "over_refusal")):
-        for arm, color in zip(results[0], pyplot.get_cmap("tab10").colors):
-            rows = [mean_of(point) for point in zip(*(seed[arm]["trajectory"] for seed in results))]
+        for arm, color in zip(results[0], colors):
+            points = zip(*(seed[arm]["trajectory"] for seed in results))
+            rows = [mean_of(point) for point in points]
+            x = [row["safety_nll"] for row in rows]
+            y = [row[key] for row in rows]
             width = 3 if arm in ("skip top C", "skip random") else 1.2
-            x, y = ([row[name] for row in rows] for name in ("safety_nll", key))
             axis.plot(x, y, ".-", label=arm, color=color, linewidth=width)
-        axis.set(xscale="log", yscale="linear" if key == "over_refusal" else "log", title=key.replace("_", " "))
+        axis.set(title=key.replace("_", " "), xscale="log")
         axis.set(xlabel="NLL of the refusal of held-out harmful prompts (safer to the right)")
+        axis.set(yscale="linear" if key == "over_refusal" else "log")
         axis.invert_xaxis()
         axis.grid(alpha=0.3)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
-    figure.suptitle(f"Utility against safety while tuning, mean over {len(results)} seeds: at the same safety, lower is better")
+    figure.suptitle(
+        f"Utility against safety while tuning, mean over {len(results)} seeds: "
+        "at the same safety, lower is better"
+    )
     save_figure(figure, path)
 
 
-def command_compare(args, model, tokenizer, heads, directory):
-    """--compare: writes compare.json and .png to `directory` and prints the tables and the answers. heads: from find_heads.
+DECIMALS = {  # of the columns of the table
+    "step": 3,
+    "update_norm": 3,
+    "safety_nll": 5,
+    "refusal": 3,
+    "over_refusal": 3,
+    "offtopic_accuracy": 3,
+    "offtopic_nll": 5,
+    "total_accuracy": 3,
+    "total_nll": 5,
+}
 
-    Raises UserError when an arm never reaches --match-nll.
-    """
-    import torch
-    from tqdm import tqdm
 
-    start = {name: p.detach().clone() for name, p in model.named_parameters()}
-    count, results, levels, (measuring, judging, tuning) = round(args.skip * len(heads["own"])), [], [], settings(args)
-    # Denser towards the start: the arms that learn fastest cross the level in their first steps.
-    judged_at = {math.ceil(args.steps * (i / args.evaluations) ** 2) for i in range(1, args.evaluations + 1)}
-    bar = tqdm(total=args.seeds * (9 + args.random_draws) * args.steps, desc="compare", disable=None)
+def print_table(results, point, title):
+    """A line an arm, mean and standard deviation over seeds. point: "end" or "matched"."""
+    print(f"\n{title}; mean (sd) over {len(results)} seeds")
+    print(" " * 21 + "".join(f"{key.replace('_', ' '):>19}" for key in DECIMALS))
+    for arm in results[0]:
+        line = f"{arm:<21}"
+        for key, decimals in DECIMALS.items():
+            mean, sd = mean_and_sd([seed[arm][point][key] for seed in results])
+            cell = f"{mean:.{decimals}f} ({sd:.{decimals}f})"
+            line += f"{cell:>19}"
+        print(line)
+
+
+# --------------------------------------------------------------------------------------------------
+# The command
+
+
+def parse_args(argv=None):
+    """The flags of cast.py and four more. Raises UserError on what cannot work."""
+    parser = cast.build_parser()
+    flag = parser.add_argument
+    flag("--seeds", type=positive_int, default=5, help="how many, from --seed on")
+    flag("--random-draws", type=positive_int, default=3, help="sets of random heads a seed")
+    flag("--evaluations", type=positive_int, default=10, help="along a run, denser at its start")
+    flag(
+        "--match-nll",
+        type=non_negative_float,
+        default=0.0,
+        help="NLL of held-out refusals at which arms are compared; 0: where the slowest arm ends",
+    )
+    parser.set_defaults(compare=True)
+    args = cast.parse_args(argv, parser, TINY)
+    if args.diagnose or args.tune:
+        raise UserError("--compare makes its own maps and tunes its own arms: run it by itself")
+    return args
+
+
+def main(argv=None):
+    """Writes compare.json and compare.png to --output-dir, prints the tables and the answers."""
+    args = parse_args(argv)
+    started = time.time()
+    directory = Path(args.output_dir)
+    model, tokenizer, heads = cast.prepare(args)
+    results = []
+    levels = []
     for seed in range(args.seed, args.seed + args.seeds):
-        sets, runs = load_sets(args, tokenizer, seed), {}
-        found = diagnose(model, sets["safe"][: args.examples], sets["util"], heads, **measuring)
-        begin = {"step": 0, "update_norm": 0.0, **evaluate(model, tokenizer, sets, **judging)}
-        for name, trainable, skipped in arms(found, count, args.random_draws, random.Random(f"{seed}, random heads")):
-            masks, rows = trained_masks(model, heads, skipped, trainable, args.train_kv), [begin]
-            for step, _ in sft(model, sets["safe"], masks, seed=seed, **tuning):
-                bar.update()
-                if step in judged_at:
-                    norm = update_of(model, start, masks)[0]
-                    rows.append({"step": step, "update_norm": norm, **evaluate(model, tokenizer, sets, **judging)})
-            runs[name] = rows
-            with torch.no_grad():
-                for parameter, p in model.named_parameters():
-                    p.copy_(start[parameter])
-        level = args.match_nll or max(rows[-1]["safety_nll"] for rows in runs.values())  # where the slowest arm ends
+        level, result = run_seed(seed, args, model, tokenizer, heads)
         levels.append(level)
-        late = [name for name, rows in runs.items() if at_safety(rows, level) is None]
-        if late:
-            raise UserError(f"--match-nll {level:g} is not reached by: {', '.join(late)}; give more --steps")
-        merged = {}  # the draws of random heads are one arm
-        for name, rows in runs.items():
-            merged.setdefault(name.rstrip(" 0123456789") if "random" in name else name, []).append(rows)
-        results.append({
-            name: {"start": begin, "end": mean_of([rows[-1] for rows in many]),
-                   "matched": mean_of([at_safety(rows, level) for rows in many]), "trajectory": [mean_of(rows) for rows in zip(*many)]}
-            for name, many in merged.items()
-        })  # fmt: skip
-    bar.close()
+        results.append(result)
 
     answers = [answer(results, key) for key in ("offtopic_nll", "total_nll", "over_refusal")]
+    record = {"flags": vars(args), "matched_nll": levels, "answers": answers, "seeds": results}
     directory.mkdir(parents=True, exist_ok=True)
-    write_json(directory / "compare.json", {"flags": vars(args), "matched_nll": levels, "answers": answers, "seeds": results})
+    write_json(directory / "compare.json", record)
     draw_frontier(results, directory / "compare.png")
-    columns = "step update_norm safety_nll refusal over_refusal offtopic_accuracy offtopic_nll total_accuracy total_nll".split()
-    matched = f"at matched safety: held-out refusal NLL {', '.join(f'{level:.2g}' for level in levels)}"
-    for point, title in (("end", f"after {args.steps} steps"), ("matched", matched)):
-        print(f"\n{title}; mean (sd) over {args.seeds} seeds")
-        print(" " * 21 + "".join(f"{c.replace('_', ' '):>19}" for c in columns))
-        for name in results[0]:
-            cells = [spread([seed[name][point][c] for seed in results]) for c in columns]
-            texts = [f"{mean:.{d}f} ({sd:.{d}f})" for (mean, sd), d in zip(cells, (5 if "nll" in c else 3 for c in columns))]
-            print(f"{name:<21}" + "".join(f"{text:>19}" for text in texts))
-    print(f"\nDoes skipping the {count} heads of top C keep more utility than skipping {count} random ones, at matched safety?")
-    print(*("  " + line for line in answers), f"{directory}/compare.json and .png are written", sep="\n")
+    matched = ", ".join(f"{level:.2g}" for level in levels)
+    print_table(results, "end", f"after {args.steps} steps")
+    print_table(results, "matched", f"at matched safety: held-out refusal NLL {matched}")
+    count = cast.number_skipped(args, heads)
+    print(
+        f"\nDoes skipping the {count} heads of top C keep more utility than skipping {count} "
+        "random ones, at matched safety?"
+    )
+    print(*("  " + line for line in answers), sep="\n")
+    print(f"{directory}/compare.json and .png are written")
+    print(f"{time.time() - started:.0f} s")
 
 
+if __name__ == "__main__":
+    run_script(main, "cast.py --compare")

@@ -35,10 +35,15 @@ def build_model(family, **changes):
         "gpt2": dict(n_embd=32, n_layer=2, n_head=4, n_positions=128, initializer_range=0.3),  # learned absolute positions, dropout 0.1
         "gpt_neox": dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.3, max_position_embeddings=128),
         "gemma2": {**modern, "head_dim": 12, "final_logit_softcapping": 5.0, "query_pre_attn_scalar": 12, "sliding_window": 6},
+        "gemma3_text": {**modern, "head_dim": 12, "query_pre_attn_scalar": 12, "sliding_window": 6},
         "phi3": {**modern},
         "granite": {**modern, "logits_scaling": 4.0},  # a scaling behind the LM head, of which rollout.score knows nothing
         "opt": dict(hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=128, word_embed_proj_dim=32,
                     init_std=0.3, dropout=0.3, attention_dropout=0.3),  # F.dropout with a rate of the module's own
+        "cohere": {**modern, "logit_scale": 0.3, "tie_word_embeddings": True},
+        "phimoe": {**modern, "num_local_experts": 4, "num_experts_per_tok": 2, "router_jitter_noise": 0.3, "input_jitter_noise": 0.3, "attention_dropout": 0.2},
+        "bloom": dict(hidden_size=32, n_layer=2, n_head=4, initializer_range=0.3),  # positions by alibi, from the attention mask
+        "falcon": dict(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, initializer_range=0.3, alibi=True),
     }  # fmt: skip
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, **{**common, **shapes[family], **changes})

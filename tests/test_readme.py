@@ -1,5 +1,7 @@
-"""The README stays true: its commands run at toy scale, its flags exist, its links point where they say."""
+"""README.md and docs/ stay true: commands run (at toy scale), so do the examples; flags exist."""
 
+import contextlib
+import importlib
 import re
 import subprocess
 import sys
@@ -7,117 +9,177 @@ import sys
 import pytest
 
 import train
-from data import UserError
+from engine.errors import UserError
 from tests.conftest import ROOT
 
-README = (ROOT / "README.md").read_text()
-COMMANDS = sorted({
-    line.split("#")[0].replace(".venv/bin/", "").split("&&")[-1].strip()
-    for block in re.findall(r"```bash\n(.*?)```", README, re.S)
-    for line in block.splitlines()
-    if "python" in line and "pytest" not in line
-})  # fmt: skip
-TOY = {  # what makes a command small; everything else of it runs as written
-    "train.py": "--steps 1 --num-prompts 4 --num-generations 4 --max-completion-length 16 --threads 1 --device cpu",
-    "eval.py": "--limit 4 --num-samples 2 --threads 1 --device cpu",
-    "cast.py": "--examples 8 --steps 2 --batch-size 4 --threads 1 --device cpu",
+PAGES = {path: path.read_text() for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]}
+TEXT = "\n".join(PAGES.values())
+
+# What makes a command small. Everything else of it runs as it is written.
+SMALL = {
+    "train.py": "--steps 1 --num-prompts 4 --num-generations 4 --max-completion-length 16",
+    "eval.py": "--limit 4 --num-samples 2",
+    "cast.py": "--examples 8 --steps 2 --batch-size 4",
 }
+SMALL_COMPARE = "--seeds 2 --random-draws 1 --evaluations 1"
+HERE = "--threads 1 --device cpu"
+
+OTHER_PROGRAMS = {"--check"}  # flags of ruff
 
 
-def toy(command):
-    """The command as arguments for this interpreter, with toy flags; a model of the hub is replaced by the embedded one."""
-    script, *flags = command.removeprefix("python ").split()
-    text = " ".join([script, *flags, TOY.get(script, "")])
-    return text.split()
+# --------------------------------------------------------------------------------------------------
+# What the pages say
 
 
-def test_the_readme_has_the_commands_of_every_script():
-    for script in ("train.py", "eval.py", "cast.py", "tepo.py"):
-        assert any(command.startswith(f"python {script}") for command in COMMANDS), script
+def blocks(language):
+    """The texts of the fenced blocks of a language, in all pages."""
+    return re.findall(rf"```{language}\n(.*?)```", TEXT, re.DOTALL)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_flag_in_the_readme_exists(command):
-    script = command.split()[1]
-    shown = help_of(script) if "--" in command else ""
-    for flag in re.findall(r"--[a-z][a-z-]+", command):
-        assert re.search(rf"{flag}\b", shown), f"{flag} of {script}"
+def commands_in(pages):
+    """The commands of our scripts and modules, without comments."""
+    found = []
+    for block in pages:
+        for line in block.splitlines():
+            command = line.partition("#")[0].strip()
+            if command.startswith("python ") and command not in found:
+                found.append(command)
+    return found
 
 
-HELP = {}
+COMMANDS = commands_in(blocks("bash"))
+OF_REAL_MODELS = [command for command in COMMANDS if "Qwen" in command]
+MINUTES = ("experiments.bench", "experiments.scaling", "experiments.families", "experiments.shapes")
+RUNNABLE = [
+    command
+    for command in COMMANDS
+    if command not in OF_REAL_MODELS and not any(module in command for module in MINUTES)
+]
 
 
-def help_of(script):
-    if script not in HELP:
-        HELP[script] = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    return HELP[script]
+def example_files():
+    """The python blocks that begin with `# NAME.py:`, as a dict NAME.py -> text."""
+    named = {}
+    for block in blocks("python"):
+        start = re.match(r"# (\w+\.py):", block)
+        if start:
+            named[start[1]] = block
+    return named
 
 
-def test_every_flag_named_anywhere_in_the_readme_belongs_to_some_script():
-    scripts = ["train.py", "eval.py", "cast.py", "tiny.py", *(str(p.relative_to(ROOT)) for p in (ROOT / "experiments").glob("*.py") if "argparse" in p.read_text())]
-    known = " ".join(help_of(script) for script in scripts)
-    for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - {"--repo-type", "--local-dir"}:
-        assert re.search(rf"{flag}\b", known), flag
+# --------------------------------------------------------------------------------------------------
+# Commands
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if re.search(r"(train|eval|cast|tepo|grpo|dapo|reward)\.py", c) and "Qwen" not in c])
-def test_the_commands_run_at_toy_scale(command, tmp_path):
-    (tmp_path / "tiny").symlink_to(ROOT / "tiny")
-    script, *flags = toy(command)
-    earlier = {"runs/": "python train.py --algo tepo", "--tune": "python cast.py --diagnose"}  # what a command builds on
-    for first in (toy(other) for sign, other in earlier.items() if sign in command):
-        subprocess.run([sys.executable, ROOT / first[0], *first[1:]], cwd=tmp_path, check=True, capture_output=True)
-    done = subprocess.run([sys.executable, ROOT / script, *flags], cwd=tmp_path, capture_output=True, text=True)
+def python(*arguments):
+    """Runs the interpreter, as a user would, and returns what it printed."""
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.strip()
+    return done.stdout
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if "train.py" in c and "Qwen" in c])
-def test_the_commands_for_real_models_parse_and_name_the_hub_id_offline(command):
-    args = train.parse_args(toy(command)[1:])
-    try:
-        import peft  # noqa: F401
-    except ImportError:
-        args.lora_rank = 0
-    with pytest.raises(UserError, match=r"Qwen/Qwen2\.5-[\d.]+B: not on this machine"):
-        train.train(args)
+def run_small(command, folder):
+    """Runs a command in a folder, at toy scale and in this process: an import takes seconds."""
+    script, *flags = command.split()[1:]
+    if script == "-m":
+        python(script, *flags)
+        return
+    module = importlib.import_module(script.removesuffix(".py"))
+    with contextlib.chdir(folder):
+        if script in SMALL:
+            module.main([*flags, *SMALL[script].split(), *HERE.split()])
+        else:
+            module.main(steps=1)
 
 
-@pytest.mark.parametrize("file, line", sorted(set(re.findall(r"\]\((\w+\.py)#L(\d+)\)", README))))
-def test_line_references_point_at_the_functions_they_name(file, line):
-    code = (ROOT / file).read_text().splitlines()[int(line) - 1]
-    assert code.startswith("def "), f"{file}:{line} is {code!r}"
-    for label in re.findall(rf"\[([^\]]+)\]\({file}#L{line}\)", README):
-        assert label == f"{file}:{line}"
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder with what some commands build on: the examples, a run of train.py, a map."""
+    folder = tmp_path_factory.mktemp("workplace")
+    for name, text in example_files().items():
+        (folder / name).write_text(text)
+    for command in ("python train.py --algo tepo", "python cast.py --diagnose"):
+        assert command in COMMANDS
+        run_small(command, folder)
+    return folder
 
 
-def test_files_named_in_the_readme_exist():
-    for path in re.findall(r"\]\((?!http)([^)#]+)", README):
-        assert (ROOT / path).exists(), path
+@pytest.mark.parametrize("command", RUNNABLE)
+def test_command_runs(command, workplace, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", sys.argv)  # cast.py --compare sets it
+    if "--compare" in command:
+        command += " " + SMALL_COMPARE
+    run_small(command, workplace)
+    if " -m " not in command:
+        assert capsys.readouterr().out.strip()
 
 
-def test_the_memory_table_is_what_its_command_prints():
-    done = subprocess.run([sys.executable, "experiments/memory.py"], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert len(done.stdout.splitlines()) > 10 and done.stdout.strip() in README
+@pytest.mark.parametrize("command", OF_REAL_MODELS)
+def test_command_for_a_real_model_parses(command):
+    script, *flags = command.split()[1:]
+    args = importlib.import_module(script.removesuffix(".py")).parse_args(flags)
+    if script == "train.py":
+        with pytest.raises(UserError, match=r"Qwen/Qwen2\.5-[\d.]+B: not on this machine"):
+            train.train(args)
 
 
-@pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", README, re.S))
-def test_the_examples_run(block):
+# --------------------------------------------------------------------------------------------------
+# Flags
+
+
+def test_every_flag_exists():
+    scripts = [["train.py"], ["eval.py"], ["cast.py"], ["cast.py", "--compare"]]
+    for module in sorted(set(re.findall(r"python -m ((?:experiments|tiny)\.\w+)", TEXT))):
+        if "argparse" in (ROOT / (module.replace(".", "/") + ".py")).read_text():
+            scripts.append(["-m", module])
+    known = set()
+    for script in scripts:
+        known |= set(re.findall(r"--[a-z][a-z-]+", python(*script, "--help")))
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", TEXT))
+    assert named - OTHER_PROGRAMS <= known
+
+
+# --------------------------------------------------------------------------------------------------
+# Examples, files, figures
+
+
+def test_there_is_an_objective_and_a_task_to_paste():
+    assert set(example_files()) == {"my_loss.py", "my_task.py"}
+    assert any("--algo my_loss.py --data my_task.py" in command for command in RUNNABLE)
+
+
+def test_a_loss_can_be_lifted():
+    (example,) = [block for block in blocks("python") if block not in example_files().values()]
     names = {}
-    exec(block, names)
-    assert names["logp"].grad.abs().sum() > 0 and names["loss"].isfinite()
+    exec(example, names)
+    assert names["loss"].isfinite()
+    assert names["logp"].grad.abs().sum() > 0
 
 
-def test_the_table_of_recipes_is_that_of_train():
-    rows = dict(re.findall(r"^\| `--([a-z-]+)` \| (.*) \|$", README, re.M))
-    for flag, text in rows.items():
-        for algo, cell in zip(("grpo", "dapo", "tepo"), text.split(" | "), strict=True):
-            value = train.ALGO[algo][flag.replace("-", "_")]
-            assert cell.startswith(f"{value:g}" if value else ("0", "no KL term")) if isinstance(value, float) else cell.startswith(value), (flag, algo)
-    assert len(rows) == 4
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_links_and_files_exist(page):
+    for link in re.findall(r"\]\((?!http)([^)]+)\)", PAGES[page]):
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        if anchor:
+            titles = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+            assert anchor in [re.sub(r"[^\w -]", "", t.lower()).replace(" ", "-") for t in titles]
+    for file in re.findall(r"\b(?:[a-z_]+/)*[a-z_]+\.py\b", PAGES[page]):
+        assert file in example_files() or (ROOT / file).exists(), file
+    for module in re.findall(r"python -m ((?:\w+\.)+\w+)", PAGES[page]):
+        assert (ROOT / (module.replace(".", "/") + ".py")).exists(), module
 
 
-def test_help_needs_no_torch():
-    code = "import sys; sys.argv = ['train.py', '--help']\ntry:\n import runpy; runpy.run_path('train.py', run_name='__main__')\nexcept SystemExit: pass\nassert 'torch' not in sys.modules and 'transformers' not in sys.modules"
-    for script in ("train.py", "eval.py", "cast.py"):
-        subprocess.run([sys.executable, "-c", code.replace("train.py", script)], cwd=ROOT, check=True, capture_output=True)
+def test_memory_table_is_what_its_command_prints():
+    table = python("-m", "experiments.memory")
+    assert len(table.splitlines()) > 10
+    assert table.strip() in TEXT
+
+
+def test_ci_finds_the_test_command():
+    line = next(line for line in PAGES[ROOT / "README.md"].splitlines() if "pytest" in line)
+    for part in ("-r requirements.txt", "ruff check .", "ruff format --check .", "-n 2 tests"):
+        assert part in line

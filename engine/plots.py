@@ -1,0 +1,50 @@
+"""Pictures of what the tools measure."""
+
+from engine.runs import save_figure
+
+
+def draw_map(content, skipped, path):
+    """Heat maps of O, S and C, layers down and heads across, as a PNG.
+
+    content: what conflict_map.json holds: "O", "S" and "C" as [layers][H] numbers, "model" and
+    "sensitivity" for the titles; skipped: the (layer, head) that are outlined; path: of the PNG.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import colors, patches, pyplot
+
+    O, S, C = content["O"], content["S"], content["C"]
+    layers = len(C)
+    H = len(C[0])
+    width = 3 * min(max(0.45 * H, 3.4), 9) + 2.4
+    height = min(max(0.45 * layers, 1.8), 11) + 1.4
+    figure, axes = pyplot.subplots(1, 3, figsize=(width, height), layout="constrained")
+    farthest = max(abs(value - 1) for row in O for value in row) or 1
+    around_one = colors.Normalize(1 - farthest, 1 + farthest)
+    # A few heads tower over the others. So the colours of S and C are stretched.
+    panels = [
+        ("O = 1 - cos: above 1 the gradients conflict", O, "RdBu_r", around_one),
+        (
+            f"S: sensitivity of utility, by {content['sensitivity']}",
+            S,
+            "viridis",
+            colors.PowerNorm(0.4),
+        ),
+        ("C = minmax(O) minmax(S)", C, "viridis", colors.PowerNorm(0.4)),
+    ]
+    for axis, (title, values, cmap, norm) in zip(axes, panels):
+        image = axis.imshow(values, aspect="auto", cmap=cmap, norm=norm)
+        figure.colorbar(image, ax=axis, fraction=0.05)
+        for layer, head in skipped:
+            corner = (head - 0.44, layer - 0.44)
+            outline = patches.Rectangle(corner, 0.88, 0.88, fill=False, edgecolor="orangered", lw=2)
+            axis.add_patch(outline)
+        axis.set(title=title, xlabel="head", ylabel="layer")
+        axis.set_xticks(range(0, H, 1 + H // 16))
+        axis.set_yticks(range(0, layers, 1 + layers // 16))
+    figure.suptitle(
+        f"Conflict map of {content['model']}: the {len(skipped)} heads of highest C, "
+        "which tuning skips, are outlined"
+    )
+    save_figure(figure, path)
