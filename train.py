@@ -126,7 +126,7 @@ def build_parser(recipe, defaults):
     """The flags. recipe: the algorithm's; defaults: those of the model, or of a run to resume."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0],
-        usage="python train.py --algo {tepo,grpo,dapo,FILE.py} [--model MODEL] [--data DATA] [flags]",
+        usage="train.py --algo {tepo,grpo,dapo,FILE.py} [--model MODEL] [--data DATA] [flags]",
         formatter_class=Formatter,
         allow_abbrev=False,
     )

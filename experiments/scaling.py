@@ -1,9 +1,10 @@
-"""How the cost of a step grows: with completion tokens and samples (fits), padding, vocabulary and group size.
+"""How the cost of a step grows: with completion tokens, samples, uneven lengths, the vocabulary.
 
-    python experiments/scaling.py      # two or three minutes on two CPU cores; draws experiments/scaling.png
+    python -m experiments.scaling      # some minutes on two CPU cores; draws docs/scaling.png
 
-A Llama shape of 25M parameters with random weights. Completions never end by themselves here, so that their lengths are
-what is asked for. Seconds are medians of --repeats, taken in turns; memory is measured once, in a process of its own.
+A Llama shape of 25M parameters with random weights. Completions never end by themselves here, so
+their lengths are those that are asked for. Seconds are medians of --repeats, taken in turns. Memory
+is measured once for each vocabulary, in a process of its own.
 """
 
 import argparse
@@ -13,46 +14,43 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import torch
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM
+
+from experiments.bench import memory_gb
+from experiments.shapes import build_config
+from rollout import Sample, collate, micro_batches, sample, score
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
 
 def build(**changes):
-    """The 20m shape, or with changes to its config."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from experiments.shapes import build_config
-    from products import use_fastest_product
-
+    """The 20m shape with random weights, or with changes to its config."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(build_config("20m", **changes))
-    use_fastest_product(model)
-    return model
+    return AutoModelForCausalLM.from_config(build_config("20m", **changes)).eval()
 
 
 def draw(model, prompts, num_generations, length, prompt_length=72):
     """Completions of exactly `length` tokens."""
-    import torch
-
-    from rollout import sample
-
     return sample(
-        model, [[1 + i] * prompt_length for i in range(prompts)], num_generations, max_completion_length=length, temperature=1.0,
-        stop_ids=[-1], generator=torch.Generator().manual_seed(0),
-    )  # fmt: skip
+        model,
+        [[1 + i] * prompt_length for i in range(prompts)],
+        num_generations,
+        max_completion_length=length,
+        temperature=1.0,
+        stop_ids=[-1],
+        generator=torch.Generator().manual_seed(0),
+    )
 
 
-def learn(model, samples, max_tokens=2048, share_prompts=True):
-    """Scores the samples twice, the second time with gradients: a rollout's scoring and one update."""
-    import torch
-
-    from rollout import collate, micro_batches, score
-
-    for packed in micro_batches(samples, max_tokens):
-        batch = collate(packed, "cpu", share_prompts)
+def learn(model, samples, max_tokens=1024, share_prompts=True):
+    """Scores the samples twice, the second time with gradients: an epoch over a rollout."""
+    for part in micro_batches(samples, max_tokens, share_prompts):
+        batch = collate(part, "cpu", share_prompts)
         with torch.no_grad():
             old_logp, _ = score(model, batch, 1.0)
         logp, _ = score(model, batch, 1.0)
@@ -60,100 +58,112 @@ def learn(model, samples, max_tokens=2048, share_prompts=True):
     model.zero_grad()
 
 
-def timed(call):
+def seconds(call):
+    """The seconds that a call takes, and what it returns."""
     start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+    result = call()
+    return time.perf_counter() - start, result
 
 
-def fit(x, y):
-    """Least squares y = a + b x, and the share of y's variance that it explains."""
-    b, a = statistics.linear_regression(x, y)
-    return a, b, statistics.correlation(x, y) ** 2
-
-
-def child(vocabulary):
-    """Prints the MB that scoring 480 and then 3,840 tokens, with gradients, takes above the model (Linux)."""
-    import torch
-
-    from experiments.bench import resident_gb
-
-    torch.set_num_threads(os.cpu_count())
-    model = build(vocab_size=vocabulary, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1)
-    samples = [{"prompt_ids": [1] * 32, "completion_ids": [2] * 480} for _ in range(8)]
+def measure_memory(vocabulary):
+    """Prints the MB that scoring 480 and then 3,840 tokens with gradients takes (Linux)."""
+    small = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=1)
+    model = build(vocab_size=vocabulary, num_attention_heads=1, num_key_value_heads=1, **small)
     peaks = []
     for count in (1, 8):
+        samples = [Sample([1] * 32, [2] * 480) for _ in range(count)]
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-        before = resident_gb()[0]
-        learn(model, samples[:count], max_tokens=8192)
-        peaks.append(1000 * (resident_gb()[1] - before))
+        held = memory_gb("VmRSS")
+        learn(model, samples, max_tokens=8192)
+        peaks.append(1000 * (memory_gb("VmHWM") - held))
     print(json.dumps(peaks))
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=3, help="measurements of each figure")
-    parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.child:
-        return child(args.child)
-    import matplotlib
-    import torch
-    from tqdm import tqdm
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    torch.set_num_threads(os.cpu_count())
+def measure_times(repeats):
+    """Medians of all timings, as a dict from (what, phase, size) to seconds."""
     model = build()
     draw(model, 2, 4, 4)  # warm-up
-    lengths, counts = (16, 32, 64, 96, 128), (8, 16, 32, 48, 64)
-    series = {
-        "completion tokens": [(32 * n, lambda n=n: draw(model, 4, 8, n)) for n in lengths],
-        "samples": [(n, lambda n=n: draw(model, n // 8, 8, 48)) for n in counts],
-    }
-    even = [s | {"completion_ids": s["completion_ids"][:40]} for s in draw(model, 8, 8, 40)]
-    uneven = [s | {"completion_ids": (s["completion_ids"] * 8)[: (4, 12, 24, 120)[i % 4]]} for i, s in enumerate(even)]  # as many tokens
-    seconds = {}
-    for _ in tqdm(range(args.repeats), disable=None):
-        for name, points in series.items():
-            for x, call in points:
-                samples = []
-                seconds.setdefault((name, "sample", x), []).append(timed(lambda: samples.extend(call())))
-                seconds.setdefault((name, "score and update", x), []).append(timed(lambda: learn(model, samples)))
-        for name, samples in (("even", even), ("uneven", uneven)):
-            seconds.setdefault(name, []).append(timed(lambda: learn(model, samples)))
-        seconds.setdefault("apart", []).append(timed(lambda: learn(model, even, share_prompts=False)))
-        for group in (1, 4, 16):
-            seconds.setdefault(("prefill", group), []).append(timed(lambda: draw(model, 4, group, 1, prompt_length=512)))
-    seconds = {key: statistics.median(values) for key, values in seconds.items()}
+    found = {}
 
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6))
-    for axis, (name, points) in zip(axes, series.items()):
-        x = [value for value, _ in points]
+    def add(key, value):
+        found.setdefault(key, []).append(value)
+
+    even = [replace(s, completion_ids=s.completion_ids[:40]) for s in draw(model, 8, 8, 40)]
+    lengths = (4, 12, 24, 120)  # 40 on average
+    uneven = []
+    for i, s in enumerate(even):
+        uneven.append(replace(s, completion_ids=(s.completion_ids * 3)[: lengths[i % 4]]))
+    for _ in tqdm(range(repeats), disable=None):
+        for length in (16, 32, 64, 96, 128):
+            taken, samples = seconds(lambda length=length: draw(model, 4, 8, length))
+            add(("completion tokens", "sample", 32 * length), taken)
+            taken, _ = seconds(lambda samples=samples: learn(model, samples))
+            add(("completion tokens", "score and update", 32 * length), taken)
+        for count in (8, 16, 32, 48, 64):
+            taken, samples = seconds(lambda count=count: draw(model, count // 8, 8, 48))
+            add(("samples", "sample", count), taken)
+            taken, _ = seconds(lambda samples=samples: learn(model, samples))
+            add(("samples", "score and update", count), taken)
+        add("even", seconds(lambda: learn(model, even))[0])
+        add("uneven", seconds(lambda: learn(model, uneven))[0])
+        add("apart", seconds(lambda: learn(model, even, share_prompts=False))[0])
+        for group in (1, 4, 16):
+            taken, _ = seconds(lambda group=group: draw(model, 4, group, 1, prompt_length=512))
+            add(("prefill", group), taken)
+    return {key: statistics.median(values) for key, values in found.items()}
+
+
+def plot(times, path):
+    """Draws the two series and their fitted lines, and prints the fits."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    for axis, what in zip(axes, ("completion tokens", "samples")):
         for phase, colour in (("sample", "tab:blue"), ("score and update", "tab:orange")):
-            y = [seconds[name, phase, value] for value in x]
-            a, b, explained = fit(x, y)
-            print(f"{phase:<17} {name:<18}: {a:6.3f} s + {1000 * b:7.3f} ms for each, R2 {explained:.4f}   ("
-                  + ", ".join(f"{u}: {v:.2f} s" for u, v in zip(x, y)) + ")")  # fmt: skip
-            axis.plot(x, y, "o", color=colour, label=f"{phase} (R² {explained:.3f})")
-            axis.plot([0, x[-1]], [a, a + b * x[-1]], color=colour, linewidth=1)
-        axis.set(xlabel=f"{name} of a step", ylabel="seconds", xlim=(0, None), ylim=(0, None), title=f"Cost by {name}")
+            sizes = [key[2] for key in times if key[:2] == (what, phase)]
+            values = [times[what, phase, size] for size in sizes]
+            slope, start = statistics.linear_regression(sizes, values)
+            explained = statistics.correlation(sizes, values) ** 2
+            print(
+                f"{phase:<17} by {what:<18} {start:6.2f} s + {1000 * slope:6.2f} ms for each, "
+                f"R2 {explained:.3f}"
+            )
+            axis.plot(sizes, values, "o", color=colour, label=f"{phase} (R² {explained:.3f})")
+            ends = [0, sizes[-1]]
+            axis.plot(ends, [start + slope * end for end in ends], color=colour, linewidth=1)
+        axis.set(xlabel=f"{what} of a step", ylabel="seconds", xlim=(0, None), ylim=(0, None))
         axis.legend()
-    figure.tight_layout()
-    path = Path(__file__).with_name("scaling.png")
     figure.savefig(path, dpi=110)
-    print(f"padding: score and update of {sum(len(s['completion_ids']) for s in even):,} completion tokens, all of 40: {seconds['even']:.2f} s; "
-          f"of 4, 12, 24 and 120: {seconds['uneven']:.2f} s")  # fmt: skip
-    print(f"prompts of 72 tokens, completions of 40: score and update take {seconds['even']:.2f} s with a prompt once for its 8 completions, "
-          f"{seconds['apart']:.2f} s with a copy for each")  # fmt: skip
-    print("a prompt of 512 tokens, one token each for G samples: " + ", ".join(f"G = {g}: {seconds['prefill', g]:.2f} s" for g in (1, 4, 16)))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--repeats", type=int, default=3, help="of each timing (default: 3)")
+    parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_num_threads(os.cpu_count())
+    if args.child:
+        measure_memory(args.child)
+        return
+    times = measure_times(args.repeats)
+    plot(times, ROOT / "docs" / "scaling.png")
+    print(f"2,560 completion tokens, scored and learnt from, all of 40: {times['even']:.2f} s")
+    print(f"  completions of 4, 12, 24 and 120 tokens:                  {times['uneven']:.2f} s")
+    print(f"  a row for each completion, no prompt shared:              {times['apart']:.2f} s")
+    for group in (1, 4, 16):
+        print(f"a prompt of 512 tokens, G = {group:>2}, one token: {times['prefill', group]:.2f} s")
     for vocabulary in (1000, 8000, 32000, 128000):
-        done = subprocess.run([sys.executable, __file__, "--child", str(vocabulary)], capture_output=True, text=True, check=True)
+        command = [sys.executable, "-m", "experiments.scaling", "--child", str(vocabulary)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
         few, many = json.loads(done.stdout.splitlines()[-1])
-        print(f"vocabulary {vocabulary:>7,}: scoring and its gradients take {few:4.0f} MB for 480 tokens, {many:4.0f} MB for 3,840 "
-              f"(their logits alone: {3840 * vocabulary * 4 / 1e6:,.0f} MB)")  # fmt: skip
-    print(f"drawn: {path}")
+        logits = 3840 * vocabulary * 4 / 1e6
+        print(
+            f"vocabulary {vocabulary:>7,}: scoring with gradients takes {few:4.0f} MB for 480 "
+            f"tokens, {many:4.0f} MB for 3,840; their logits alone are {logits:,.0f} MB"
+        )
 
 
 if __name__ == "__main__":

@@ -437,7 +437,13 @@ def test_the_tuned_checkpoint(mapped, tiny):
 
 
 def test_the_defaults_teach_the_refusal(tmp_path, capsys):
-    cast.main(["--diagnose", "--tune", *BY_GATES, *ONE_CORE, "--output-dir", str(tmp_path)])
+    cast.main(["--diagnose", "--tune", *ONE_CORE, "--output-dir", str(tmp_path)])
+    golden = json.loads((ROOT / "tests" / "golden.json").read_text())["conflict_map"]
+    found = json.loads((tmp_path / "conflict_map.json").read_text())
+    for name in ("O", "S", "C"):
+        torch.testing.assert_close(
+            torch.tensor(found[name]), torch.tensor(golden[name]), rtol=1e-2, atol=1e-3
+        )
     report = json.loads((tmp_path / "tune.json").read_text())
     before, after = report["before"], report["after"]
     assert before["refusal"] < 0.1 and after["refusal"] > 0.9

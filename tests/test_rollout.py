@@ -90,6 +90,15 @@ def close(found, expected, atol=1e-4):
         torch.testing.assert_close(found[key], expected[key], rtol=1e-3, atol=atol * scale)
 
 
+def calls_of(module, function):
+    """The shapes that the module returned while the function ran."""
+    shapes = []
+    handle = module.register_forward_hook(lambda module, args, out: shapes.append(out.shape))
+    function()
+    handle.remove()
+    return shapes
+
+
 # ---- sampler and scorer against the model's own logits
 
 
@@ -237,11 +246,17 @@ def test_prompts_are_prefilled_once(models, G):
     handle = model.register_forward_pre_hook(
         lambda _, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
-    samples = sample_with(model, G=G, stop_ids=range(12))
+    samples = []
+    heads = calls_of(
+        model.get_output_embeddings(),
+        lambda: samples.extend(sample_with(model, G=G, stop_ids=range(12))),
+    )
     handle.remove()
     lengths = [len(s.completion_ids) for s in samples]
     going = [(sum(n > t for n in lengths), 1) for t in range(1, max(lengths))]
     assert shapes == [(len(PROMPTS), max(map(len, PROMPTS))), *going]
+    # The head sees the last token of each row only.
+    assert [tuple(shape[:-1]) for shape in heads] == [(len(PROMPTS), 1), *going]
 
 
 def test_histogram_is_plain_softmax():
@@ -290,6 +305,9 @@ def test_draw_at_the_borders():
     # The least likely token of fp32, at the front: a uniform of 0 must not take it.
     logits = torch.tensor([[-80.0, 0.0]])
     assert draw(logits, torch.tensor([0.0]), 1.0)[0].item() == 1
+    # A token has the half-open interval from the sum before it to its own.
+    token, _ = draw(torch.zeros(5, 4), torch.tensor([0.0, 0.25, 0.5, 0.75, 1 - 2**-24]), 1.0)
+    assert token.tolist() == [0, 1, 2, 3, 3]
 
 
 @pytest.mark.parametrize("vocabulary", [2, 1000, 50_000])
@@ -551,15 +569,6 @@ def test_chunks_change_nothing(models, family, monkeypatch):
     monkeypatch.setattr(rollout, "LOGITS_AT_ONCE", 1)
     close(score(model, batch, 0.9), whole, atol=1e-5)
     close(gradients(model, batch), whole_gradients)
-
-
-def calls_of(module, function):
-    """The shapes that the module returned while the function ran."""
-    shapes = []
-    handle = module.register_forward_hook(lambda module, args, out: shapes.append(out.shape))
-    function()
-    handle.remove()
-    return shapes
 
 
 @pytest.mark.parametrize("at_once, chunk", [(1, 64), (70 * VOCAB, 70), (2**22, 10**6)])
