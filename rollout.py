@@ -260,10 +260,14 @@ def causal_lm(model):
 
 
 def decoder_of(model):
-    """The part of a causal language model that turns tokens into hidden states."""
-    from transformers import PreTrainedModel
+    """The part of a causal language model that turns tokens into hidden states.
 
-    return next(child for child in model.children() if isinstance(child, PreTrainedModel))
+    Raises ValueError for a model that has no such part.
+    """
+    decoder = model.get_decoder()
+    if decoder is model:
+        raise ValueError("it has no decoder apart from its head")
+    return decoder
 
 
 @contextmanager
@@ -370,7 +374,7 @@ def shortest_window(config):
     windows = [
         value
         for name, value in vars(config).items()
-        if ("window" in name or "chunk" in name) and isinstance(value, int) and value > 1
+        if name.endswith(("window", "window_size", "chunk_size")) and value and value > 1
     ]
     return min(windows, default=None)
 

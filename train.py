@@ -290,8 +290,8 @@ def set_up(args):
 
     directory = runs.open_output_dir(args, f"{Path(args.algo).stem}-{Path(args.model).name}")
     runs.write_json(directory / "args.json", vars(args))
-    if args.gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+    if args.gradient_checkpointing and not models.recompute_activations(model):
+        print("note: no layer of this model can be recomputed, so all activations are kept")
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         parameters,
@@ -453,8 +453,6 @@ def update(run, minis):
     tokens = deviation = 0
     grad_norms = []
     parameters = run.optimizer.param_groups[0]["params"]
-    if args.gradient_checkpointing:
-        models.recompute_activations(run.model)
     for batches in minis * args.num_iterations:
         for batch in batches:
             with run.autocast():

@@ -3,9 +3,11 @@
 import logging
 import os
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from engine.errors import UserError
 from engine.runs import latest_checkpoint
@@ -68,7 +70,6 @@ def resolve_model(name):
 
 def from_hub_or_disk(loader, name, **options):
     """`loader.from_pretrained(name, **options)`. Its many errors become a UserError of one line."""
-    from safetensors import SafetensorError
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
@@ -76,7 +77,7 @@ def from_hub_or_disk(loader, name, **options):
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         return loader.from_pretrained(name, **options)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # of many kinds, from a folder of which anything may be wrong
         reason = (str(error).strip() or repr(error)).splitlines()[0][:200]
         if os.path.isdir(name):
             raise UserError(f"--model {name} cannot be loaded: {reason}") from error
@@ -119,22 +120,7 @@ def load_model(name, device, dtype=torch.float32):
         model = model.merge_and_unload().requires_grad_(True)
     else:
         model = from_hub_or_disk(AutoModelForCausalLM, name, dtype=dtype, use_safetensors=True)
-    return without_dropout(model).to(device).eval()
-
-
-def without_dropout(model):
-    """The model with every dropout rate at 0.
-
-    With dropout two passes over the same tokens disagree, and the ratio with them. In eval mode
-    there is none, but gradient checkpointing needs layers in train mode (see below).
-    """
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        for name, value in list(vars(module).items()):  # rates that a layer hands to F.dropout
-            if "drop" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
-    return model
+    return model.to(device).eval()
 
 
 def add_adapters(model, rank, checkpoint=None):
@@ -153,16 +139,25 @@ def add_adapters(model, rank, checkpoint=None):
 
 
 def recompute_activations(model):
-    """Turns on gradient checkpointing for the passes until the next model.eval().
+    """Gradient checkpointing: the backward pass computes each layer anew. Returns how many layers.
 
-    transformers checkpoints a layer in train mode only. So the layers are put into it, and nothing
-    inside them: the noise of routers stays off, and two passes over the same tokens agree.
+    transformers' own checkpoints layers in train mode only, and there dropout and the noise of
+    routers are on: two passes over the same tokens would disagree, and the ratio with them. Here
+    the model stays in eval mode. Call it once.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    for module in model.modules():
-        if isinstance(module, GradientCheckpointingLayer):
-            module.training = True
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    for layer in layers:
+        layer.forward = partial(recomputed, layer.forward)
+    return len(layers)
+
+
+def recomputed(forward, *arguments, **options):
+    """What `forward` returns. Where there is a gradient, its activations are not kept."""
+    if not torch.is_grad_enabled():
+        return forward(*arguments, **options)
+    return checkpoint(forward, *arguments, use_reentrant=False, preserve_rng_state=False, **options)
 
 
 def fastest_thread_count(model):

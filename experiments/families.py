@@ -1,6 +1,6 @@
 """Every model type of which transformers can make a causal language model: run right, or refused?
 
-    python -m experiments.families                       # all of them: ten minutes on a CPU
+    python -m experiments.families                       # all of them: some minutes on one core
     python -m experiments.families --only llama phimoe
 
 A tiny model of each type, with large random weights, is given to `rollout.check_model`, as train.py
@@ -9,18 +9,18 @@ does before a run. The verdict is one of
     shared      it runs, and a row may hold several completions of a prompt
     plain       it runs, with one completion a row
     refused     check_model says no, in one line
-    unsteady    check_model says yes; at this distance the model disagrees with itself: logits change
-                with the tokens behind them, by a choice of keys with ties
+    unsteady    check_model says yes, and the model disagrees with itself: its logits change with
+                the tokens behind them (it picks keys by a score, and scores are equal)
     not built   no tiny model of this type could be made here
     WRONG       check_model says yes, and a number is not what the model itself says
     CRASH       something other than a UserError was raised, or it took too long
 
 What passes is tried again on samples that are longer and less even than those of check_model:
-log-probs, entropies and gradients against the model's logits of each row alone; and two passes under
-gradient checkpointing, which must agree bit for bit. Everything that changes at some distance (a
-window, a number of keys that are looked at) is set to 64 tokens, which no sample reaches but rows
-of several completions do, and then to 20, which only the longer samples reach. Dropout and the
-noise of routers are on in the configs, as they can be in real ones.
+log-probs, entropies and gradients against the model's logits of each row alone; and two passes
+under gradient checkpointing, which must agree bit for bit. Everything that changes at some distance
+(a window, a number of keys that are looked at) is set to 64 tokens, which no sample reaches but
+rows of several completions do, and then to 20, which only the longer samples reach. Two verdicts
+stand for the two. Dropout and the noise of routers are on in the configs, as in some real ones.
 """
 
 import argparse
@@ -35,7 +35,7 @@ import torch
 from tqdm import tqdm
 
 from engine.errors import UserError
-from engine.models import recompute_activations, without_dropout
+from engine.models import recompute_activations
 from rollout import check_model, collate, sample, score
 
 VOCABULARY = 61
@@ -82,11 +82,20 @@ SIZES = {  # what a config's numbers become, by their names
     0.1: "router_jitter_noise input_jitter_noise",
 }
 SIZES = {name: size for size, names in SIZES.items() for name in names.split()}
-DISTANCE = (
-    "sliding_window sliding_window_size attention_window_size attention_chunk_size window_size "
-    "local_attention local_attention_window_len keep_window_size index_topk floor_scale "
-    "log_scaling_n_floor rel_extent"
-).split()
+DISTANCE = [
+    "sliding_window",
+    "sliding_window_size",
+    "attention_window_size",
+    "attention_chunk_size",
+    "window_size",
+    "local_attention",
+    "local_attention_window_len",
+    "keep_window_size",
+    "index_topk",
+    "floor_scale",
+    "log_scaling_n_floor",
+    "rel_extent",
+]
 TEXT_TOKENS = ("bos", "eos", "pad", "decoder", "forced", "cls", "sep")  # the others mark pictures
 CHANGES = {  # what single types need besides
     "bamba": dict(attn_layer_indices=[1]),
@@ -201,7 +210,7 @@ def build(kind, distance):
                 p.normal_(0.0, 0.3)
             else:  # norms and biases, which begin at 1 or 0
                 p.add_(0.1 * torch.randn(p.shape))
-    model = without_dropout(model).eval()  # as engine.models.load_model does
+    model.eval()
     model(input_ids=torch.arange(10).unsqueeze(0), use_cache=False)  # raises for an unsound config
     return model
 
@@ -272,13 +281,10 @@ def second_trial(model, samples, temperature, share_prompts):
         "entropies": (entropy[mask] - own_entropy).abs().max(),
         "gradient": (scored_gradient - own_gradient).norm() / own_gradient.norm(),
     }
-    if model.supports_gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        recompute_activations(model)
+    if recompute_activations(model):
         first, _ = score(model, batch, temperature)
         second, _ = score(model, batch, temperature)
         recomputed = gradient(model, second[mask])
-        model.eval()
         gaps["two checkpointed passes"] = 0.0 if torch.equal(first, second) else torch.inf
         gaps["checkpointed log-probs"] = (second - logp).abs().max()
         gaps["checkpointed gradient"] = (recomputed - scored_gradient).norm()
