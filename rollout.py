@@ -356,7 +356,9 @@ def own_logp(model, samples):
     parts = []
     for s in samples:
         ids = torch.tensor([s.prompt_ids + s.completion_ids], device=model.device)
-        logits = model(input_ids=ids, use_cache=False).logits[0, len(s.prompt_ids) - 1 : -1]
+        kept = len(s.completion_ids) + 1  # the last of these predicts nothing
+        out = model(input_ids=ids, use_cache=False, **accepted(model, logits_to_keep=kept))
+        logits = out.logits[0, -kept:-1]
         targets = ids[0, len(s.prompt_ids) :].unsqueeze(1)
         parts.append(torch.log_softmax(logits.float(), dim=-1).gather(1, targets).squeeze(1))
     return torch.cat(parts)
@@ -384,13 +386,17 @@ def check_model(model, longest):
 
     longest: tokens of prompt and completion together, at most, that the run may see.
     Returns whether a row may hold several completions of a prompt: not where a window is shorter
-    than `longest`, or where a model makes something else of the mask.
+    than a row, or where a model makes something else of the mask.
     Raises UserError for a model that `sample` or `score` cannot get right.
     """
     model = causal_lm(model).eval()
     kind = model.config.model_type
     config = model.config.get_text_config()
-    prompts = [[(7 * i + 3) % config.vocab_size for i in range(length)] for length in (3, 8)]
+    window = shortest_window(config) or longest
+    lengths = (3, 8)
+    if window < longest:  # then look at what happens beyond it, too
+        lengths = (3, window + 8)
+    prompts = [[(7 * i + 3) % config.vocab_size for i in range(length)] for length in lengths]
     # The rounding of bf16 weights is of this size.
     tolerance = 2e-3 if model.dtype == torch.float32 else 0.2
 
@@ -418,7 +424,7 @@ def check_model(model, longest):
             f"a model of type {kind} cannot be run here: beside its log-probs of each row alone "
             f"those of sampling are off by up to {gaps[0]:.2g}, those of scoring by {gaps[1]:.2g}"
         )
-    if longest > (shortest_window(config) or longest):
+    if shortest_window(config) and max(longest, ROW_TOKENS) > window:
         return False
     try:
         return gap(scored_logp(model, samples, share_prompts=True)) <= tolerance

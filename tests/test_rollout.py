@@ -685,9 +685,13 @@ def test_check_model_knows_windows(family):
     options = {}
     if family == "qwen2":
         options = dict(use_sliding_window=True, max_window_layers=0)
-    model = build_model(family, sliding_window=64, **options)
+    window = rollout.ROW_TOKENS  # a row may be so long
+    model = build_model(family, sliding_window=window, **options)
     assert check_model(model, 64) is True
-    assert check_model(model, 65) is False
+    assert check_model(model, window) is True
+    assert check_model(build_model(family, sliding_window=window - 1, **options), 64) is False
+    long = build_model(family, sliding_window=window, max_position_embeddings=2048, **options)
+    assert check_model(long, window + 100) is False  # looks beyond the window
 
 
 def changed(model, change):
