@@ -68,6 +68,7 @@ from engine.flags import (
 from engine.heads import find_heads, scaled_heads, trained_masks, update_of, weights_of
 from engine.maps import checksum, fingerprint, read_map
 from engine.models import (
+    check_positions,
     load_model,
     load_tokenizer,
     pick_device,
@@ -614,6 +615,7 @@ def run_tune(args, model, tokenizer, heads):
         "before": before,
         "after": after,
     }
+    write_json(directory / "args.json", {**vars(args), "script": "cast"})  # what tuned/ began with
     write_json(directory / "tune.json", report)
 
     print(f"\n{'held out':<26}{'before':>9}{'after':>9}")
@@ -708,6 +710,7 @@ def prepare(args):
     tokenizer = load_tokenizer(name)
     model = load_model(name, device)
     heads = find_heads(model)
+    check_positions(model, args.max_completion_length + 1)
     args.max_length = min(args.max_length, positions_of(model) - args.max_completion_length)
     check_model(model, args.max_length + args.max_completion_length)
     set_threads(model, device, args.threads)

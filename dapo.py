@@ -8,7 +8,7 @@ It takes GRPO's token ratio and group advantages, and changes four things:
 - Clip-higher: eps_low 0.2, eps_high 0.28, so that an unlikely token has room to grow.
 - Token mean: one mean over all tokens of the batch, so that a token of a long completion weighs as
   much as one of a short completion.
-- Dynamic sampling: a group of equal scores has no gradient, so sampling goes on until the batch is
+- Dynamic sampling: a group of equal rewards has no gradient, so sampling goes on until the batch is
   full of mixed groups. It changes the *data*: read the reward before this filter.
 - Overlong: a soft punishment is added to the reward as the length nears its limit (Eq. 13). There
   is no KL term.
@@ -150,13 +150,13 @@ def main(steps=30, seed=0):
         # 2. Score each completion. Its length may be punished.
         for i, s in enumerate(samples):
             s.text = tokenizer.decode(s.completion_ids, skip_special_tokens=True)
-            s.score = task.reward(problems[i // G], s.text)
+            s.task_reward = task.reward(problems[i // G], s.text)
         lengths = torch.tensor([len(s.completion_ids) for s in samples])
         punishments = soft_overlong_punishment(lengths, max_length, cache=max_length // 5)
         for s, punishment in zip(samples, punishments.tolist()):
-            s.reward = s.score + punishment
+            s.reward = s.task_reward + punishment
         groups = [samples[i : i + G] for i in range(0, len(samples), G)]
-        return groups, mixed_groups(torch.tensor([s.score for s in samples]), G)
+        return groups, mixed_groups(torch.tensor([s.task_reward for s in samples]), G)
 
     for step in range(steps):
         # Dynamic sampling: steps 1 and 2 are repeated until the batch is full of mixed groups.

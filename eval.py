@@ -161,7 +161,7 @@ def load_data_set(name, tokenizer, args):
     if args.batch_size < n:
         raise UserError(f"--batch-size must be at least {n}: a problem's samples are drawn at once")
     task = tasks.load(name, "test", args.data_root)
-    problems, _, _ = tasks.encode(task.problems, tokenizer, args.max_prompt_length)
+    problems = tasks.encode(task.problems, tokenizer, args.max_prompt_length)
     print(tasks.describe(task, problems, tokenizer, args.max_prompt_length))
     problems = problems[: args.limit or None]
     print(f"  {len(problems)} problems x {n} samples at temperature {sampling['temperature']}")
@@ -272,7 +272,7 @@ def refusal_prompts(name, tokenizer, args):
         known = safety.PAIRS.get(name)
         kind = known.kind if known else "over-refusal"  # which needs no responses
         pairs, _ = safety.load_pairs(name, kind, root=args.data_root)
-    problems, _, _ = tasks.encode(pairs[: args.limit or None], tokenizer, args.max_prompt_length)
+    problems = tasks.encode(pairs[: args.limit or None], tokenizer, args.max_prompt_length)
     return problems
 
 
@@ -332,6 +332,7 @@ def build_parser():
         description=__doc__.split("\n")[0],
         usage="python eval.py [--model DIR_OR_ID] [--data NAME,NAME,...] [flags]",
         formatter_class=flags.Formatter,
+        allow_abbrev=False,
     )
     parser.set_defaults(script="eval")
     flag = parser.add_argument
@@ -348,7 +349,12 @@ def build_parser():
     flag("--max-completion-length", type=positive, help=f"in tokens (default: {limit})")
     flag("--max-prompt-length", type=positive, default=2048, help="longer ones are left out")
     flag("--batch-size", type=positive, default=256, help="completions sampled at once")
-    flag("--limit", type=flags.count, default=0, help="only the first so many problems; 0: all")
+    flag(
+        "--limit",
+        type=flags.non_negative_int,
+        default=0,
+        help="only the first so many problems; 0: all",
+    )
     flag("--refusal", nargs="?", metavar="SETS", const=EMBEDDED, help=f"refusal rates on {sets}")
     flag("--lm-eval", metavar="TASKS", help="run these tasks of lm-evaluation-harness too")
     flags.add_run_flags(parser)
@@ -406,7 +412,9 @@ def main(argv=None):
     if args.lm_eval:
         load_lm_eval()  # now, and not after the sampling
 
-    # A wrong name is told before a large model is loaded.
+    packages = ("torch", "transformers", "datasets", "math-verify")
+    versions = {package: version(package) for package in packages}
+    # Names are looked up before a large model is loaded, so that a wrong one ends the run at once.
     tokenizer = models.load_tokenizer(model_name)
     names = dict.fromkeys(args.data.split(","))
     data_sets = [load_data_set(name, tokenizer, args) for name in names]
@@ -428,12 +436,11 @@ def main(argv=None):
         results[d.name] = summarise(rows, d.num_samples, d.task.answer is not None)
     print_table(results)
 
-    packages = ("torch", "transformers", "datasets", "math-verify")
     record = {
         "results": results,
         "first_prompts": {d.name: tasks.render(d.problems[0], tokenizer)[0] for d in data_sets},
         "args": vars(args),
-        "versions": {package: version(package) for package in packages},
+        "versions": versions,
     }
     runs.write_json(directory / "results.json", record)  # before what may still fail
     if asked:

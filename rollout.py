@@ -16,11 +16,10 @@ end to end, and the attention mask says who sees whom:
 
 So a prompt is computed once for its completions, and hardly anything is computed for padding. The
 model's own forward pass does the work, so its logits are right whatever the model. `check_model`
-proves that on a few tokens before a run, and says whether rows may hold several completions.
+compares a few tokens before a run, and says whether rows may hold several completions.
 """
 
 import inspect
-import math
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -29,13 +28,13 @@ from torch.utils.checkpoint import checkpoint
 
 from engine.errors import UserError
 
-ROW_TOKENS = 1024  # a row takes completions up to this length, or up to that of the longest sample
+ROW_TOKENS = 1024  # a row takes completions of its prompt up to this length
 LOGITS_AT_ONCE = 2**22  # logits in one chunk of the LM head: 16 MB in fp32
 
 
 @dataclass
 class Sample:
-    """One completion. The first four fields are the sampler's; whoever trains fills in the rest."""
+    """One completion. The sampler fills in the first four fields, a training loop the others."""
 
     prompt_ids: list[int]
     completion_ids: list[int]  # up to and including the stop token
@@ -43,8 +42,8 @@ class Sample:
     truncated: bool = False  # whether it was cut at the limit, before a stop token
     problem: dict | None = None  # what was asked
     text: str = ""  # the completion, decoded
-    score: float = 0.0  # what the task says of it
-    reward: float = 0.0  # the score, rescaled, with a punishment for length
+    task_reward: float = 0.0  # what the task says of it
+    reward: float = 0.0  # the same, rescaled, with a punishment for length
     advantage: float = 0.0  # the reward against those of its group
 
 
@@ -94,7 +93,7 @@ def step_forward(model, ids, attention_mask, kv_cache=None):
 
     attention_mask: [B, columns of the cache + Q].
     """
-    positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)  # of the padding: never looked at
+    positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)  # 0 on the padding, too
     out = model(
         input_ids=ids,
         attention_mask=attention_mask,
@@ -117,7 +116,9 @@ def sample(
     Returns a list of Sample, those of one prompt next to each other. The caller bounds the rows.
     """
     model = causal_lm(model).eval()
-    device, G, T = model.device, num_generations, max_completion_length
+    device = model.device
+    G = num_generations
+    T = max_completion_length
     B = len(prompts) * G
     uniforms = torch.rand(B, T, generator=generator).to(device)  # a row's own numbers
     stop = torch.tensor(stop_ids, dtype=torch.long, device=device)
@@ -172,24 +173,45 @@ def split_evenly(items, parts):
     return [items[start:end] for start, end in zip(cuts[:-1], cuts[1:])]
 
 
-def micro_batches(samples, max_tokens, share_prompts=True):
-    """Cuts samples into lists for one forward pass each.
+def sample_length(s):
+    """Tokens of a sample's prompt and completion together."""
+    return len(s.prompt_ids) + len(s.completion_ids)
 
-    max_tokens: of prompts and completions in a list; a sample that is longer stands alone.
-    share_prompts: neighbours stay together, since they share a prompt; without it every sample is
-    a row of its own, so samples of like length go together, for little padding.
+
+def fill_rows(samples, share_prompts):
+    """The samples of each row, as a list of lists. share_prompts: see `collate`.
+
+    A row takes neighbours of one prompt, up to ROW_TOKENS. A longer sample has a row of its own.
     """
-    if not share_prompts:
-        samples = sorted(samples, key=lambda s: len(s.prompt_ids) + len(s.completion_ids))
-    parts = []
+    rows = []
     tokens = 0
     for s in samples:
-        length = len(s.prompt_ids) + len(s.completion_ids)
-        if not parts or tokens + length > max_tokens:
+        same_prompt = rows and rows[-1][0].prompt_ids == s.prompt_ids
+        tokens += len(s.completion_ids)
+        if not (share_prompts and same_prompt and tokens <= ROW_TOKENS):
+            rows.append([])
+            tokens = sample_length(s)
+        rows[-1].append(s)
+    return rows
+
+
+def micro_batches(samples, max_tokens, share_prompts=True):
+    """Cuts samples into lists for one forward pass each, with rows of like length together.
+
+    max_tokens: in all rows of a list, padding included; a row that is longer stands alone.
+    share_prompts: see `collate`.
+    """
+    rows = []  # (tokens, samples)
+    for row in fill_rows(samples, share_prompts):
+        rows.append((len(row[0].prompt_ids) + sum(len(s.completion_ids) for s in row), row))
+    parts = []
+    count = 0
+    for tokens, row in sorted(rows, key=lambda pair: pair[0]):
+        count += 1
+        if not parts or count * tokens > max_tokens:  # this row is the longest so far
             parts.append([])
-            tokens = 0
-        parts[-1].append(s)
-        tokens += length
+            count = 1
+        parts[-1] += row
     return parts
 
 
@@ -204,23 +226,17 @@ def collate(samples, device, share_prompts=True):
     which tokens they are, sample by sample; mask: bool [B, T], True on completion tokens. The mask
     comes from lengths, never from token ids: the padding token ends the text of many models.
     """
-    limit = max(len(s.prompt_ids) + len(s.completion_ids) for s in samples)
-    limit = max(limit, ROW_TOKENS)
     rows = []  # of (token, position, completion number)
     predicts = []  # (row, column) for each completion token
-    prompt = None
-    for s in samples:
-        inputs = s.completion_ids[:-1]  # the last token predicts nothing
-        fits = rows and len(rows[-1]) + len(inputs) <= limit
-        if not (share_prompts and s.prompt_ids == prompt and fits):
-            prompt = s.prompt_ids
-            number = 0
-            rows.append([(token, position, 0) for position, token in enumerate(prompt)])
-        row = rows[-1]
-        number += 1
-        columns = [len(prompt) - 1, *range(len(row), len(row) + len(inputs))]
-        predicts += [(len(rows) - 1, column) for column in columns]
-        row += [(token, len(prompt) + i, number) for i, token in enumerate(inputs)]
+    for row_samples in fill_rows(samples, share_prompts):
+        prompt = row_samples[0].prompt_ids
+        row = [(token, position, 0) for position, token in enumerate(prompt)]
+        for number, s in enumerate(row_samples, start=1):
+            inputs = s.completion_ids[:-1]  # the last token predicts nothing
+            columns = [len(prompt) - 1, *range(len(row), len(row) + len(inputs))]
+            predicts += [(len(rows), column) for column in columns]
+            row += [(token, len(prompt) + i, number) for i, token in enumerate(inputs)]
+        rows.append(row)
 
     N = max(map(len, rows))
     grid = [row + [(0, 0, -1)] * (N - len(row)) for row in rows]
@@ -264,10 +280,13 @@ def decoder_of(model):
 
     Raises ValueError for a model that has no such part.
     """
-    decoder = model.get_decoder()
-    if decoder is model:
+    from transformers import PreTrainedModel
+
+    parts = [child for child in model.children() if isinstance(child, PreTrainedModel)]
+    if not parts:
         raise ValueError("it has no decoder apart from its head")
-    return decoder
+    inner = getattr(parts[0], "decoder", None)  # some families wrap it once more
+    return inner if isinstance(inner, PreTrainedModel) else parts[0]
 
 
 @contextmanager
@@ -382,7 +401,7 @@ def shortest_window(config):
 
 
 def check_model(model, longest):
-    """Compares `sample` and `score` with the model's own logits, on a few tokens, in fp32.
+    """Compares `sample` and `score` with the model's own logits, on a few tokens.
 
     longest: tokens of prompt and completion together, at most, that the run may see.
     Returns whether a row may hold several completions of a prompt: not where a window is shorter
@@ -397,7 +416,7 @@ def check_model(model, longest):
     if window < longest:  # then look at what happens beyond it, too
         lengths = (3, window + 8)
     prompts = [[(7 * i + 3) % config.vocab_size for i in range(length)] for length in lengths]
-    # The rounding of bf16 weights is of this size.
+    # fp32 weights are compared in fp32, on a GPU too. The rounding of bf16 weights is 0.2.
     tolerance = 2e-3 if model.dtype == torch.float32 else 0.2
 
     def gap(found):
@@ -419,7 +438,7 @@ def check_model(model, longest):
     except Exception as error:  # whatever a model raises whose forward pass is of another form
         reason = (str(error).strip() or repr(error)).splitlines()[0][:160]
         raise UserError(f"a model of type {kind} cannot be run here: {reason}") from error
-    if not max(gaps) <= tolerance or math.isnan(sum(gaps)):
+    if not all(off <= tolerance for off in gaps):  # NaN is off, too
         raise UserError(
             f"a model of type {kind} cannot be run here: beside its log-probs of each row alone "
             f"those of sampling are off by up to {gaps[0]:.2g}, those of scoring by {gaps[1]:.2g}"

@@ -19,7 +19,6 @@ the later ones: a setting with one update a rollout cannot tell them apart.
 
 import argparse
 import importlib
-import importlib.util
 import math
 import time
 from dataclasses import dataclass
@@ -29,21 +28,11 @@ import torch
 from tqdm import tqdm
 
 import tasks
+import tepo
 from dapo import dynamic_sampling, soft_overlong_punishment
-from engine import models, runs
+from engine import flags, models, runs
 from engine.errors import UserError, run_script
-from engine.flags import (
-    Formatter,
-    add_machine_flags,
-    add_run_flags,
-    below_one,
-    check_unchanged,
-    count,
-    non_negative_float,
-    positive_float,
-    positive_int,
-    resumed_flags,
-)
+from engine.plots import plot_curves
 from grpo import group_advantages, mixed_groups
 from rollout import check_model, collate, micro_batches, sample, score, split_evenly
 
@@ -84,12 +73,21 @@ LORA = dict(learning_rate=1e-5)  # adapters need a higher rate
 ALGORITHMS = ("tepo", "grpo", "dapo")
 SAMPLING = "groups of equal scores: off keeps them, filter drops them, refill samples on"
 OVERLONG = "soft punishes long completions, filter leaves truncated ones out of the loss"
-FREE_ON_RESUME = ("steps", "learning_rate", "save_steps", "log_completions_steps")
+FREE_ON_RESUME = (
+    "steps",
+    "learning_rate",
+    "save_steps",
+    "log_completions_steps",
+    # These change nothing but rounding.
+    "max_tokens_per_batch",
+    "rollout_batch_size",
+    "threads",
+)
 OBJECTIVE_FLAGS = {  # of the keys of a RECIPE; a key that is not here becomes a flag as well
-    "epsilon": dict(type=below_one, help="clip the ratio below 1 - epsilon"),
-    "epsilon_high": dict(type=positive_float, help="clip the ratio above 1 + epsilon-high"),
-    "beta": dict(type=non_negative_float, help="weight of the KL term"),
-    "kl_mask": dict(choices=["none", "all", "positive", "negative", "both"], help="where it acts"),
+    "epsilon": dict(type=flags.below_one, help="clip the ratio below 1 - epsilon"),
+    "epsilon_high": dict(type=flags.positive_float, help="clip the ratio above 1 + epsilon-high"),
+    "beta": dict(type=flags.non_negative_float, help="weight of the KL term"),
+    "kl_mask": dict(choices=tepo.KL_MASKS, help="the tokens that carry the KL term"),
     "entropy_change": dict(choices=["exact", "covariance"], help="what decides the sign of dH"),
 }
 
@@ -108,17 +106,14 @@ def load_algorithm(name):
     """
     if name in ALGORITHMS:
         return importlib.import_module(name)
-    path = Path(name)
-    if path.suffix != ".py" or not path.is_file():
+    if not name.endswith(".py"):
         raise UserError(f"--algo {name}: neither a .py file nor one of {', '.join(ALGORITHMS)}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise UserError(f"--algo {name}: {type(error).__name__}: {error}") from error
+    module = tasks.import_file(name, "--algo")
     if not isinstance(getattr(module, "RECIPE", None), dict) or not hasattr(module, "loss"):
         raise UserError(f"--algo {name}: it needs RECIPE and loss(batch, logp, entropy, args)")
+    for key, value in module.RECIPE.items():
+        if not isinstance(value, (bool, int, float, str)):
+            raise UserError(f"--algo {name}: RECIPE[{key!r}] must be a number, a text or a bool")
     return module
 
 
@@ -127,7 +122,7 @@ def build_parser(recipe, defaults):
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0],
         usage="train.py --algo {tepo,grpo,dapo,FILE.py} [--model MODEL] [--data DATA] [flags]",
-        formatter_class=Formatter,
+        formatter_class=flags.Formatter,
         allow_abbrev=False,
     )
     flag = parser.add_argument
@@ -136,39 +131,80 @@ def build_parser(recipe, defaults):
     flag("--data", help=f"{', '.join(tasks.names('train'))}, a data file or folder, or a .py file")
     flag("--preset", choices=["paper"], help="the settings of the TEPO paper, for a real model")
     # Sampling
-    flag("--steps", type=positive_int, help="rollouts to make")
-    flag("--num-prompts", type=positive_int, help="prompts of a rollout")
-    flag("--num-generations", type=positive_int, default=8, help="completions of a prompt, G")
-    flag("--max-prompt-length", type=positive_int, default=2048, help="longer ones are left out")
-    flag("--max-completion-length", type=positive_int, help="in tokens")
-    flag("--temperature", type=positive_float, default=1.0, help="of sampling and of log-probs")
-    flag("--rollout-batch-size", type=positive_int, help="completions sampled at once")
+    flag("--steps", type=flags.positive_int, help="rollouts to make")
+    flag("--num-prompts", type=flags.positive_int, help="prompts of a rollout")
+    flag("--num-generations", type=flags.positive_int, default=8, help="completions of a prompt, G")
+    flag("--max-prompt-length", type=flags.positive_int, default=2048, help="leave out longer ones")
+    flag("--max-completion-length", type=flags.positive_int, help="in tokens")
+    flag("--temperature", type=flags.positive_float, default=1.0, help="of sampling and log-probs")
+    flag("--rollout-batch-size", type=flags.positive_int, help="completions sampled at once")
     flag("--dynamic-sampling", choices=["off", "filter", "refill"], default="off", help=SAMPLING)
-    flag("--max-sampling-rounds", type=positive_int, default=10, help="cap on refill, a step")
+    flag("--max-sampling-rounds", type=flags.positive_int, default=10, help="cap on refill, a step")
     # Reward
     flag("--overlong", choices=["none", "soft", "filter"], default="none", help=OVERLONG)
-    flag("--overlong-cache", type=count, default=0, help="of soft, in tokens; 0: a fifth of all")
-    flag("--reward-scale", choices=["unit", "dapo"], default="unit", help="dapo: 0, 1 to -1, 1")
+    flag(
+        "--overlong-cache",
+        type=flags.non_negative_int,
+        default=0,
+        help="soft begins so many tokens before the limit; 0: a fifth of it",
+    )
+    flag(
+        "--reward-scale",
+        choices=["unit", "dapo"],
+        default="unit",
+        help="dapo: -1 and 1 for 0 and 1",
+    )
     # Optimizer
-    flag("--learning-rate", type=positive_float, help="AdamW's, constant")
-    flag("--adam-beta2", type=below_one, default=0.95, help="AdamW's second moment")
-    flag("--weight-decay", type=non_negative_float, default=0.0, help="AdamW's, decoupled")
-    flag("--max-grad-norm", type=positive_float, default=1.0, help="the gradient is clipped to it")
-    flag("--steps-per-generation", type=positive_int, default=4, help="mini-batches of a rollout")
-    flag("--num-iterations", type=positive_int, help="epochs over a rollout")
-    flag("--max-tokens-per-batch", type=positive_int, default=8192, help="of one forward pass")
+    flag("--learning-rate", type=flags.positive_float, help="AdamW's, constant")
+    flag("--adam-beta2", type=flags.below_one, default=0.95, help="AdamW's second moment")
+    flag("--weight-decay", type=flags.non_negative_float, default=0.0, help="AdamW's, decoupled")
+    flag(
+        "--max-grad-norm",
+        type=flags.positive_float,
+        default=1.0,
+        help="gradients are clipped to it",
+    )
+    flag(
+        "--steps-per-generation",
+        type=flags.positive_int,
+        default=4,
+        help="mini-batches of a rollout",
+    )
+    flag("--num-iterations", type=flags.positive_int, help="epochs over a rollout")
+    flag(
+        "--max-tokens-per-batch",
+        type=flags.positive_int,
+        default=8192,
+        help="tokens of a forward pass",
+    )
     flag("--gradient-checkpointing", action=argparse.BooleanOptionalAction, help="saves memory")
-    flag("--lora-rank", type=count, default=0, help="of adapters; 0: train all weights")
+    flag(
+        "--lora-rank",
+        type=flags.non_negative_int,
+        default=0,
+        help="of adapters; 0: train all weights",
+    )
     # House-keeping
-    flag("--save-steps", type=count, help="a checkpoint every so many; 0: at the end only")
-    flag("--log-completions-steps", type=positive_int, default=10, help="write a few completions")
-    add_run_flags(parser)
-    add_machine_flags(parser)
+    flag(
+        "--save-steps",
+        type=flags.non_negative_int,
+        help="a checkpoint every so many; 0: at the end only",
+    )
+    flag(
+        "--log-completions-steps",
+        type=flags.positive_int,
+        default=10,
+        help="write a few, every so many",
+    )
+    flags.add_run_flags(parser)
+    flags.add_machine_flags(parser)
     # The objective's own
     known = {action.dest for action in parser._actions}
     for key, value in recipe.items():
         if key not in known:
             kind = {"help": "the objective's own", "type": type(value)}
+            if isinstance(value, bool):
+                kind = {"help": kind["help"], "action": argparse.BooleanOptionalAction}
             flag("--" + key.replace("_", "-"), **OBJECTIVE_FLAGS.get(key, kind))
     parser.set_defaults(script="train", **{**defaults, **recipe})
     return parser
@@ -189,8 +225,11 @@ def parse_args(argv=None):
     look, _ = first.parse_known_args(argv)
     saved = {}
     if look.resume:
-        saved = resumed_flags(look.output_dir, "train")
+        saved = flags.resumed_flags(look.output_dir, "train")
         look.algo = saved["algo"]
+        look.model = saved["model"]
+        look.preset = saved["preset"]
+        look.lora_rank = str(saved["lora_rank"])
 
     algorithm = load_algorithm(look.algo)
     recipe = algorithm.RECIPE
@@ -206,7 +245,11 @@ def parse_args(argv=None):
         defaults = {**defaults, **LORA}
     parser = build_parser({**recipe, **saved}, defaults)
     args = parser.parse_args(argv)
-    check_unchanged(args, saved, FREE_ON_RESUME)
+    for action in parser._actions:  # argparse does not look at defaults
+        value = getattr(args, action.dest, None)
+        if action.choices and value is not None and value not in action.choices:
+            raise UserError(f"RECIPE of {args.algo}: {action.dest} cannot be {value!r}")
+    flags.check_unchanged(args, saved, FREE_ON_RESUME)
     args.overlong_cache = args.overlong_cache or max(1, args.max_completion_length // 5)
 
     if args.num_generations < 2:
@@ -253,16 +296,12 @@ class Run:
         return torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
 
 
-def load_policy(args, name, device, resumed):
+def load_policy(args, name, device, dtype, resumed):
     """The model to train. name: of its weights; resumed: the checkpoint to go on from, or None."""
     if not args.lora_rank:
-        # fp32 master weights: a small update would be lost in the rounding of bf16.
-        return models.load_model(str(resumed or name), device)
+        return models.load_model(str(resumed or name), device, dtype)
     if models.has_adapters(name):
         raise UserError(f"--lora-rank: {name} holds adapters itself: --resume that run instead")
-    dtype = torch.float32
-    if device.type == "cuda":
-        dtype = torch.bfloat16  # of the frozen base: no update is ever added to it
     torch.manual_seed(args.seed)
     return models.add_adapters(models.load_model(name, device, dtype), args.lora_rank, resumed)
 
@@ -275,18 +314,23 @@ def set_up(args):
     resumed = runs.latest_checkpoint(args.output_dir) if args.resume else None
     tokenizer = models.load_tokenizer(name)
     task = tasks.load(args.data, "train", args.data_root)
-    problems, _, _ = tasks.encode(task.problems, tokenizer, args.max_prompt_length)
+    problems = tasks.encode(task.problems, tokenizer, args.max_prompt_length)
     print(tasks.describe(task, problems, tokenizer, args.max_prompt_length))
 
-    model = load_policy(args, name, device, resumed)
+    # fp32 master weights, or a small update would be lost in the rounding of bf16. The frozen base
+    # of adapters may be bf16: no update is ever added to it.
+    dtype = torch.float32
+    if args.lora_rank and device.type == "cuda":
+        dtype = torch.bfloat16
+    model = load_policy(args, name, device, dtype, resumed)
     algorithm = load_algorithm(args.algo)
     reference = None
     if hasattr(algorithm, "needs_reference") and algorithm.needs_reference(args):
-        reference = models.load_model(name, device).requires_grad_(False)
+        reference = models.load_model(name, device, dtype).requires_grad_(False)
     longest = max(len(problem["prompt_ids"]) for problem in problems)
     models.check_positions(model, longest + args.max_completion_length)
-    args.threads = models.set_threads(model, device, args.threads)
     share_prompts = check_model(model, longest + args.max_completion_length)
+    args.threads = models.set_threads(model, device, args.threads)
 
     directory = runs.open_output_dir(args, f"{Path(args.algo).stem}-{Path(args.model).name}")
     runs.write_json(directory / "args.json", vars(args))
@@ -356,10 +400,10 @@ def sample_groups(run, count):
     for i, s in enumerate(samples):
         s.problem = problems[i // G]
         s.text = run.tokenizer.decode(s.completion_ids, skip_special_tokens=True)
-        s.score = run.task.reward(s.problem, s.text)
-        s.reward = s.score
+        s.task_reward = run.task.reward(s.problem, s.text)
+        s.reward = s.task_reward
         if args.reward_scale == "dapo":
-            s.reward = 2 * s.score - 1
+            s.reward = 2 * s.task_reward - 1
     if args.overlong == "soft":
         lengths = torch.tensor([len(s.completion_ids) for s in samples])
         punishments = soft_overlong_punishment(
@@ -368,7 +412,7 @@ def sample_groups(run, count):
         for s, punishment in zip(samples, punishments.tolist()):
             s.reward += punishment
     groups = [samples[i : i + G] for i in range(0, len(samples), G)]
-    return groups, mixed_groups(torch.tensor([s.score for s in samples]), G)
+    return groups, mixed_groups(torch.tensor([s.task_reward for s in samples]), G)
 
 
 def roll_out(run):
@@ -464,6 +508,8 @@ def update(run, minis):
             if ratio is not None:
                 deviation = max(deviation, (ratio - 1)[mask].abs().max().item())
             for key, value in {"entropy": entropy, **metrics}.items():
+                if value.shape != mask.shape:
+                    raise UserError(f"--algo {args.algo}: the metric {key} must be [B, T]")
                 sums[key] = sums.get(key, 0.0) + value[mask].sum().item()
             tokens += mask.sum().item()
         norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).item()
@@ -499,7 +545,7 @@ def log(run, groups, sampled, measured, seconds):
     row = {
         "step": run.step,
         "reward": mean([s.reward for s in samples]),
-        "score": mean([s.score for s in samples]),
+        "task_reward": mean([s.task_reward for s in samples]),
         "frac_reward_zero_std": mean([len({s.reward for s in group}) == 1 for group in sampled]),
         "completions/mean_length": mean(lengths),
         "completions/max_length": max(lengths),
@@ -529,16 +575,20 @@ def log(run, groups, sampled, measured, seconds):
             for s in group[:2]
         ]
         runs.append_jsonl(run.directory / "completions.jsonl", completions)
-    line = f"step {run.step:3d}  reward {row['reward']:+.3f}  score {row['score']:.3f}"
-    line += f"  equal groups {row['frac_reward_zero_std']:.2f}"
-    line += f"  length {row['completions/mean_length']:.1f}"
-    if measured["updates"]:
-        clip = (row["clip_ratio/low"] or 0) + (row["clip_ratio/high"] or 0)
-        line += f"  entropy {row['entropy']:.3f}  clip {clip:.3f}"
-        line += f"  M {row['kl_mask_fraction'] or 0:.3f}  grad {row['grad_norm']:.2f}"
-    else:
-        line += "  nothing to learn from, no update"
-    tqdm.write(f"{line}  {sum(seconds.values()):.1f} s")
+    shown = {
+        "reward": row["reward"],
+        "equal groups": row["frac_reward_zero_std"],
+        "length": row["completions/mean_length"],
+        "entropy": row.get("entropy"),
+        "M": row.get("kl_mask_fraction"),
+        "grad": row["grad_norm"],
+    }
+    if "clip_ratio/low" in measured and "clip_ratio/high" in measured:
+        shown["clip"] = row["clip_ratio/low"] + row["clip_ratio/high"]
+    parts = [f"{name} {value:.3f}" for name, value in shown.items() if value is not None]
+    if not measured["updates"]:
+        parts.append("nothing to learn from, no update")
+    tqdm.write(f"step {run.step:3d}  {'  '.join(parts)}  {sum(seconds.values()):.1f} s")
 
 
 def train(args):
@@ -573,7 +623,7 @@ def train(args):
                 run.generator,
                 run.cursor,
             )
-            runs.plot_curves(run.rows, run.directory / "curves.png")
+            plot_curves(run.rows, run.directory / "curves.png")
     bar.close()
     return run.rows
 

@@ -27,7 +27,7 @@ def positive_int(text):
     return number(text, int, 1)
 
 
-def count(text):
+def non_negative_int(text):
     """An int of at least 0."""
     return number(text, int, 0)
 
@@ -71,9 +71,14 @@ def add_machine_flags(parser):
     """The flags that every script has: copies of data sets, seed, device and threads."""
     flag = parser.add_argument
     flag("--data-root", help="a folder with copies of hub data sets; it wins over the hub")
-    flag("--seed", type=count, default=0, help="seed of everything random")
+    flag("--seed", type=non_negative_int, default=0, help="seed of everything random")
     flag("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where to run")
-    flag("--threads", type=count, default=0, help="CPU threads; 0: what is measured to be fastest")
+    flag(
+        "--threads",
+        type=non_negative_int,
+        default=0,
+        help="CPU threads; 0: what is measured to be fastest",
+    )
 
 
 def add_run_flags(parser):

@@ -10,9 +10,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from engine.errors import UserError
-from engine.runs import latest_checkpoint
+from engine.runs import ROOT, latest_checkpoint
 
-ROOT = Path(__file__).resolve().parent.parent
 CHAT_ENDS = ("<|im_end|>", "<|eot_id|>")  # end a chat turn, also where the eos is another token
 OWNERS = {
     "Qwen": "Qwen",
@@ -142,8 +141,8 @@ def recompute_activations(model):
     """Gradient checkpointing: the backward pass computes each layer anew. Returns how many layers.
 
     transformers' own checkpoints layers in train mode only, and there dropout and the noise of
-    routers are on: two passes over the same tokens would disagree, and the ratio with them. Here
-    the model stays in eval mode. Call it once.
+    routers are on: two passes over the same tokens would disagree, and no first ratio would be 1.
+    Here the model stays in eval mode. Call it once.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -204,7 +203,7 @@ def memory_estimate(model, device, args, longest_prompt, reference=False):
     turns. args: the flags of train.py; longest_prompt: in tokens; reference: whether a frozen copy
     of the model is kept.
     """
-    config = model.config
+    config = model.config.get_text_config()
     on_gpu = device.type == "cuda"
     parameters = list(model.parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad)
@@ -216,11 +215,12 @@ def memory_estimate(model, device, args, longest_prompt, reference=False):
     optimizer = 12 * trained  # fp32 gradients and AdamW's two moments
 
     size = 2 if on_gpu else 4  # bytes of a number in autocast's precision
+    cached = model.dtype.itemsize  # autocast leaves keys and values in the precision of weights
     layers = config.num_hidden_layers
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     rows = min(args.rollout_batch_size, args.num_prompts * args.num_generations)
     columns = longest_prompt + args.max_completion_length
-    cache = 2 * layers * kv_heads * head_dim(config) * size * rows * columns
+    cache = 2 * layers * kv_heads * head_dim(config) * cached * rows * columns
 
     width = config.hidden_size
     inner = getattr(config, "intermediate_size", None) or 4 * width
@@ -254,8 +254,8 @@ def stop_token_ids(model, tokenizer):
 def positions_of(model):
     """How many tokens prompt and completion can be together; a billion where there is no limit.
 
-    With longrope or dynamic scaling it is as far as the rotary frequencies stay the same: beyond,
-    one long sample would change the log-probs of its whole batch.
+    With longrope or dynamic scaling it is the length up to which rotary frequencies are fixed. A
+    longer sample would change them for its whole batch.
     """
     config = model.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None) or 10**9

@@ -48,3 +48,31 @@ def draw_map(content, skipped, path):
         "which tuning skips, are outlined"
     )
     save_figure(figure, path)
+
+
+def plot_curves(rows, path):
+    """Draws the rows of metrics.jsonl over the steps as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = {
+        "reward": ["reward", "task_reward"],
+        "entropy (nats a token)": ["entropy"],
+        "share of tokens": ["clip_ratio/low", "clip_ratio/high", "kl_mask_fraction"],
+        "completion length (tokens)": ["completions/mean_length"],
+    }
+    figure, axes = pyplot.subplots(1, 4, figsize=(16, 3.4), layout="constrained")
+    for axis, (title, keys) in zip(axes, panels.items()):
+        shown = [key for key in keys if any(row.get(key) is not None for row in rows)]
+        for key, style in zip(shown, ("-", "--", ":")):
+            values = [row.get(key) for row in rows]
+            axis.plot([row["step"] for row in rows], values, style, label=key)
+        axis.set(title=title, xlabel="step")
+        axis.grid(alpha=0.3)
+        low, high = axis.get_ylim()
+        axis.set_ylim(bottom=min(low, 0), top=max(high, 0.01))
+        if len(shown) > 1:
+            axis.legend()
+    save_figure(figure, path)

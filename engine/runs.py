@@ -1,4 +1,4 @@
-"""A run's directory: opened fresh or refused, written aside and renamed, resumed exactly, drawn.
+"""A run's directory: how it is opened, what is written to it, how a run is resumed.
 
 train.py leaves args.json, metrics.jsonl (a row a step), completions.jsonl, curves.png and
 checkpoint-STEP/. A checkpoint is one of transformers, and holds what a resume needs besides: the
@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from engine.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
 
 # --------------------------------------------------------------------------------------------------
 # The directory
@@ -41,7 +43,7 @@ def check_output_dir(args):
         raise UserError(
             f"--output-dir {directory} is not empty: give --resume, --overwrite or another folder"
         )
-    if run_settings(directory).get("script") != args.script:
+    if own_settings(directory).get("script") != args.script:
         raise UserError(
             f"--overwrite: {directory} does not look like a run of {args.script}.py, "
             "so it is left alone"
@@ -66,17 +68,18 @@ def open_output_dir(args, stem):
     return directory
 
 
-def run_settings(path):
-    """The flags of the run that a directory is, or that a checkpoint lies in; {} where none is."""
-    for folder in (Path(path), Path(path).parent):
-        if (folder / "args.json").exists():
-            return json.loads((folder / "args.json").read_text())
-    return {}
+def own_settings(directory):
+    """The flags of the run that a directory is; {} where it is none."""
+    path = Path(directory) / "args.json"
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def is_embedded(model):
-    """Whether --model means the embedded model or what was trained from it."""
-    return Path(model).name == "tiny" or run_settings(model).get("data") == "arithmetic"
+    """Whether --model means the embedded model, or a run or checkpoint that began with it."""
+    if model == "tiny" or Path(model).resolve() == ROOT / "tiny":
+        return True
+    settings = own_settings(model) or own_settings(Path(model).parent)
+    return settings.get("model", model) != model and is_embedded(settings["model"])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -92,7 +95,8 @@ def write_json(path, value):
 def read_jsonl(path):
     """The rows of a .jsonl file up to the first that is not whole: a run died as it was written."""
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    text = path.read_text() if path.exists() else ""
+    for line in text.splitlines():
         try:
             rows.append(json.loads(line))
         except ValueError:
@@ -144,10 +148,20 @@ def save_figure(figure, path):
 # Checkpoints
 
 
+def checkpoints(directory):
+    """The folders checkpoint-N in a run's directory, by rising N. Other names are the user's."""
+    found = []
+    for path in Path(directory).glob("checkpoint-*"):
+        step = path.name.removeprefix("checkpoint-")
+        if step.isdecimal() and path.is_dir() and not path.is_symlink():
+            found.append((int(step), path))
+    return [path for _, path in sorted(found)]
+
+
 def latest_checkpoint(directory):
     """The checkpoint-N of the highest N in a run's directory, or None."""
-    found = [path for path in Path(directory).glob("checkpoint-*") if path.name[11:].isdigit()]
-    return max(found, key=lambda path: int(path.name[11:]), default=None)
+    found = checkpoints(directory)
+    return found[-1] if found else None
 
 
 def rewind(directory, step):
@@ -178,7 +192,7 @@ def save_checkpoint(directory, step, model, tokenizer, optimizer, generator, cur
         tokenizer.save_pretrained(folder)
         save_file(tensors, folder / "trainer.safetensors")
         write_json(folder / "trainer.json", {"step": step, "cursor": cursor})
-    for path in directory.glob("checkpoint-*"):
+    for path in checkpoints(directory):
         if path != final:
             shutil.rmtree(path)
 
@@ -212,31 +226,3 @@ def peak_memory_gb(device):
         return torch.cuda.max_memory_allocated() / 1e9
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
-
-def plot_curves(rows, path):
-    """Draws the rows of metrics.jsonl over the steps as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    panels = {
-        "reward": ["reward", "score"],
-        "entropy (nats a token)": ["entropy"],
-        "share of tokens": ["clip_ratio/low", "clip_ratio/high", "kl_mask_fraction"],
-        "completion length (tokens)": ["completions/mean_length"],
-    }
-    figure, axes = pyplot.subplots(1, 4, figsize=(16, 3.4), layout="constrained")
-    for axis, (title, keys) in zip(axes, panels.items()):
-        shown = [key for key in keys if any(row.get(key) is not None for row in rows)]
-        for key, style in zip(shown, ("-", "--", ":")):
-            values = [row.get(key) for row in rows]
-            axis.plot([row["step"] for row in rows], values, style, label=key)
-        axis.set(title=title, xlabel="step")
-        axis.grid(alpha=0.3)
-        low, high = axis.get_ylim()
-        axis.set_ylim(bottom=min(low, 0), top=max(high, 0.01))
-        if len(shown) > 1:
-            axis.legend()
-    save_figure(figure, path)

@@ -73,10 +73,13 @@ def load(name, split="train", root=None):
 # A task that is a Python module
 
 
-def import_file(path):
-    """The module in a file. Raises UserError when there is no such file or it can't be imported."""
+def import_file(path, flag="--data"):
+    """The module in a file. Raises UserError when there is no such file or it can't be imported.
+
+    flag: that named it, for the message.
+    """
     if not Path(path).is_file():
-        raise UserError(f"--data {path}: there is no such file")
+        raise UserError(f"{flag} {path}: there is no such file")
     name = f"task file {path}"  # not the name of anything that can be imported
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
@@ -186,17 +189,17 @@ def render(problem, tokenizer):
         chat = [{"role": "user", "content": text}]
         text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
         return text, "chat template"
-    return text + "\n" if instruction else text, "plain"
+    if instruction:
+        text += "\n"
+    return text, "plain"
 
 
 def encode(problems, tokenizer, max_prompt_length):
     """Adds "prompt_ids" to each problem and leaves out those that are too long: it never cuts one.
 
-    Returns (problems, dropped, how): new dicts, how many were longer than max_prompt_length tokens,
-    and how they were rendered (see `render`). Raises UserError when all are too long.
+    max_prompt_length: in tokens. Returns new dicts. Raises UserError when all are too long.
     """
     kept = []
-    how = "plain"
     for problem in problems:
         text, how = render(problem, tokenizer)
         # A chat template has written its own special tokens.
@@ -208,7 +211,7 @@ def encode(problems, tokenizer, max_prompt_length):
             f"all {len(problems)} prompts are longer than {max_prompt_length} tokens: "
             "raise --max-prompt-length"
         )
-    return kept, len(problems) - len(kept), how
+    return kept
 
 
 def describe(task, problems, tokenizer, max_prompt_length):

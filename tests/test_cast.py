@@ -374,7 +374,7 @@ def test_the_map_comes_back(mapped, tiny):
     assert set(content["split_half_spearman"]) == {"O", "S", "C"}
     assert (mapped / "conflict_map.png").read_bytes().startswith(b"\x89PNG")
     files = {path.name for path in mapped.iterdir()}
-    assert files == {"conflict_map.json", "conflict_map.png", "tune.json", "tuned"}
+    assert files == {"args.json", "conflict_map.json", "conflict_map.png", "tune.json", "tuned"}
 
 
 @settings(max_examples=20)

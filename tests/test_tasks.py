@@ -782,9 +782,8 @@ def test_render():
 def test_encode(template, length):
     before = [dict(problem) for problem in PROBLEMS]
     for limit in range(length, length + 5):
-        problems, dropped, how = encode(PROBLEMS, tokenizer(template), limit)
-        assert dropped == (limit < length + 3) and len(problems) == 2 - dropped
-        assert how == ("chat template" if template else "plain")
+        problems = encode(PROBLEMS, tokenizer(template), limit)
+        assert len(problems) == 2 - (limit < length + 3)
         lengths = [len(problem["prompt_ids"]) for problem in problems]
         assert lengths == [length, length + 3][: len(problems)]
         # exactly one beginning of text, whoever writes it
@@ -797,7 +796,7 @@ def test_encode(template, length):
 def test_describe():
     counts = {"rows": 1234, "kept": 2, "no answer": 1232}
     task = tasks.Task("mine", PROBLEMS, None, None, counts)
-    problems, _, _ = encode(PROBLEMS, tokenizer(), 6)
+    problems = encode(PROBLEMS, tokenizer(), 6)
     text = describe(task, problems, tokenizer(), 6)
     for part in ("mine: 1,234 rows", "1 longer than 6", "plain", r"hard.\n", "gold answer '1'"):
         assert part in text

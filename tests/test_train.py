@@ -247,7 +247,7 @@ def test_a_run_leaves_what_it_promises(tmp_path):
     folder = tmp_path / "run"
     files = {"args.json", "metrics.jsonl", "completions.jsonl", "curves.png", "checkpoint-2"}
     assert {path.name for path in folder.iterdir()} == files
-    promised = """step reward score frac_reward_zero_std completions/mean_length
+    promised = """step reward task_reward frac_reward_zero_std completions/mean_length
         completions/clipped_ratio entropy clip_ratio/low clip_ratio/high kl kl_mask_fraction
         grad_norm max_ratio_deviation tokens_per_second seconds/sample seconds/score
         seconds/update peak_memory_gb"""
