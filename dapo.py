@@ -120,9 +120,13 @@ def main(steps=30, seed=0):
     from engine.models import load_model, load_tokenizer, resolve_model, stop_token_ids
     from rollout import collate, sample, score, split_evenly
 
+    torch.set_num_threads(1)  # enough for so small a model, and steady on a busy machine
     args = SimpleNamespace(**RECIPE)
-    num_prompts, G, max_length = 32, 8, 48  # of a rollout; completions of a prompt; their tokens
-    mini_batches, epochs = 4, 2  # a rollout is cut into 4 and passed over twice: 8 updates
+    num_prompts = 32  # of a rollout
+    G = 8  # completions of a prompt
+    max_length = 48  # tokens of a completion
+    mini_batches = 4  # of a rollout
+    epochs = 2  # over it: 8 updates
     task = tasks.load("arithmetic", "train")
     tokenizer = load_tokenizer(resolve_model("tiny"))
     model = load_model(resolve_model("tiny"), "cpu")
@@ -168,8 +172,9 @@ def main(steps=30, seed=0):
 
         # 3. Old log-probs: those of the policy that sampled, from one pass without gradient.
         batches = []
-        for part in split_evenly(groups, math.ceil(mini_batches * len(groups) / num_prompts)):
-            part = [s for group in part for s in group]
+        count = math.ceil(mini_batches * len(groups) / num_prompts)
+        for some_groups in split_evenly(groups, count):
+            part = [s for group in some_groups for s in group]
             batch = collate(part, "cpu")
             batch["advantages"] = torch.tensor([s.advantage for s in part])
             batch["num_tokens"] = batch["mask"].sum().item()
@@ -178,7 +183,8 @@ def main(steps=30, seed=0):
             batches.append(batch)
 
         # 4. Update: an optimizer step for each mini-batch.
-        clipped = tokens = 0
+        clipped = 0  # tokens
+        tokens = 0
         for batch in batches * epochs:
             logp, entropy = score(model, batch, temperature=1.0)
             value, metrics = loss(batch, logp, entropy, args)

@@ -36,7 +36,7 @@ RECIPE = dict(
     overlong="none",  # a long completion is not punished
 )
 
-LOG_RATIO_LIMIT = 20.0  # no trust region reaches that far
+LOG_RATIO_LIMIT = 20.0  # far outside of any clip
 
 
 def group_advantages(rewards, num_generations, eps=1e-6):
@@ -157,7 +157,8 @@ def grpo_loss(
 def loss(batch, logp, entropy, args):
     """What train.py calls for each micro-batch. Returns the loss and metrics of `grpo_loss`.
 
-    batch: dict with old_logp, advantages, mask, num_sequences, and ref_logp when args.beta > 0;
+    batch: dict with old_logp, advantages, mask, num_sequences, and ref_logp when args.beta > 0 (for
+    all that train.py puts into it see train.old_statistics);
     logp, entropy: [B, T] under the policy (GRPO has no use for entropies); args: as in RECIPE.
     """
     return grpo_loss(
@@ -184,9 +185,12 @@ def main(steps=30, seed=0):
     from engine.models import load_model, load_tokenizer, resolve_model, stop_token_ids
     from rollout import collate, sample, score, split_evenly
 
+    torch.set_num_threads(1)  # enough for so small a model, and steady on a busy machine
     args = SimpleNamespace(**RECIPE)
-    num_prompts, G = 32, 8  # of a rollout; completions of a prompt
-    mini_batches, epochs = 4, 2  # a rollout is cut into 4 and passed over twice: 8 updates
+    num_prompts = 32  # of a rollout
+    G = 8  # completions of a prompt
+    mini_batches = 4  # of a rollout
+    epochs = 2  # over it: 8 updates
     task = tasks.load("arithmetic", "train")
     tokenizer = load_tokenizer(resolve_model("tiny"))
     model = load_model(resolve_model("tiny"), "cpu")
@@ -227,7 +231,8 @@ def main(steps=30, seed=0):
             batches.append(batch)
 
         # 4. Update: an optimizer step for each mini-batch.
-        clipped = tokens = 0
+        clipped = 0  # tokens
+        tokens = 0
         for batch in batches * epochs:
             logp, entropy = score(model, batch, temperature=1.0)
             value, metrics = loss(batch, logp, entropy, args)

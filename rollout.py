@@ -261,7 +261,8 @@ def attention_mask(completion_number, dtype):
     """
     if completion_number.max() <= 1:
         return (completion_number >= 0).long()
-    of_query, of_key = completion_number.unsqueeze(2), completion_number.unsqueeze(1)
+    of_query = completion_number.unsqueeze(2)
+    of_key = completion_number.unsqueeze(1)
     sees = (of_key == 0) | (of_key == of_query)  # [R, N, N]
     sees = sees.tril().unsqueeze(1)
     if dtype == torch.bool:

@@ -11,9 +11,9 @@ lose entropy.
     dH_it = H(pi(. | x, y_i<t)) - H(pi_old(. | x, y_i<t))                             entropy change
     M_it  = 1 if A_i > 0 and dH_it < 0, else 0                                               KL mask
 
-At pi = pi_old: w = 1, dH = 0, M = 0, KL = 0, and the gradient is that of dapo.py, exactly. The
-methods part at the second update of a rollout. There a completion whose w_i is clipped gets no
-policy gradient at all, while GRPO and DAPO clip token by token.
+At pi = pi_old: w = 1, dH = 0, M = 0, KL = 0, and the gradient is that of dapo.py on the same batch.
+The methods part at the second update of a rollout. There a completion whose w_i is clipped gets no
+policy gradient (its KL term stays), while GRPO and DAPO clip token by token.
 
 Readings where the paper is silent:
 - H is taken over the full softmax (Appendix C.2). The old entropies come from the same pass as the
@@ -24,11 +24,12 @@ Readings where the paper is silent:
   (the paper: 0.001 for Qwen2.5-7B, 1 for Qwen3-14B).
 - The clip is min(w A, clip(w) A). Eq. 4 prints min(w, clip(w)) A, which is no trust region for
   A < 0: taken as a typo.
-- eps is 0.2/0.28, the only values that the paper states. For a geometric mean that is wide:
-  0.02/0.028 is worth a try when a rollout has many updates.
+- eps is 0.2/0.28, the only values that the paper states. For a geometric mean that is wide. Try
+  0.02/0.028 when a rollout has many updates.
 - Groups of equal rewards are dropped ("removed", Section 4.1), and not sampled anew.
 - Algorithm 1, line 21 prints a further 1/|y_i| in the gradient. The derivative of Eq. 4 does not
-  have it: each token's log-prob gets the weight w_i A_i / sum|y|. We follow Eq. 4.
+  have it: w_i stands in |y_i| equal terms, which cancel the 1/|y_i| of its mean, so each token's
+  log-prob gets the weight w_i A_i / sum|y|. We follow Eq. 4.
 - Lemma 3.2 ("A > 0 means that the entropy falls") does not hold for every token. So M is computed,
   and not inferred from A.
 
@@ -52,7 +53,7 @@ RECIPE = dict(
     overlong="none",  # a long completion is not punished
 )
 
-# On the embedded model the geometric mean hardly leaves 0.2/0.28 at a learning rate that lasts. A
+# On the embedded model the geometric mean stays inside 0.2/0.28 at a stable learning rate. A
 # tighter clip shows what clipping does.
 EMBEDDED = dict(epsilon=0.02, epsilon_high=0.028)
 
@@ -182,9 +183,12 @@ def main(steps=30, seed=0):
     from engine.models import load_model, load_tokenizer, resolve_model, stop_token_ids
     from rollout import collate, sample, score, split_evenly
 
+    torch.set_num_threads(1)  # enough for so small a model, and steady on a busy machine
     args = SimpleNamespace(**{**RECIPE, **EMBEDDED})
-    num_prompts, G = 32, 8  # of a rollout; completions of a prompt
-    mini_batches, epochs = 4, 2  # a rollout is cut into 4 and passed over twice: 8 updates
+    num_prompts = 32  # of a rollout
+    G = 8  # completions of a prompt
+    mini_batches = 4  # of a rollout
+    epochs = 2  # over it: up to 8 updates
     task = tasks.load("arithmetic", "train")
     tokenizer = load_tokenizer(resolve_model("tiny"))
     model = load_model(resolve_model("tiny"), "cpu")
@@ -216,10 +220,12 @@ def main(steps=30, seed=0):
         mixed = mixed_groups(rewards, G).tolist()
         groups = [samples[i * G : (i + 1) * G] for i in range(num_prompts) if mixed[i]]
 
-        # 3. Old log-probs and entropies: those of the policy that sampled, without gradient.
+        # 3. Old log-probs and entropies: those of the policy that sampled, without gradient. Where
+        # groups were dropped there are fewer mini-batches, not smaller ones.
         batches = []
-        for part in split_evenly(groups, math.ceil(mini_batches * len(groups) / num_prompts)):
-            part = [s for group in part for s in group]
+        count = math.ceil(mini_batches * len(groups) / num_prompts)
+        for some_groups in split_evenly(groups, count):
+            part = [s for group in some_groups for s in group]
             batch = collate(part, "cpu")
             batch["advantages"] = torch.tensor([s.advantage for s in part])
             batch["num_tokens"] = batch["mask"].sum().item()
@@ -228,7 +234,9 @@ def main(steps=30, seed=0):
             batches.append(batch)
 
         # 4. Update: an optimizer step for each mini-batch. From the second on, pi is not pi_old.
-        clipped = masked = tokens = 0
+        clipped = 0  # tokens
+        masked = 0
+        tokens = 0
         for batch in batches * epochs:
             logp, entropy = score(model, batch, temperature=1.0)
             value, metrics = loss(batch, logp, entropy, args)
@@ -242,7 +250,8 @@ def main(steps=30, seed=0):
 
         # 5. One line.
         curve.append(rewards.mean().item())
-        clip, M = clipped / max(tokens, 1), masked / max(tokens, 1)
+        clip = clipped / max(tokens, 1)
+        M = masked / max(tokens, 1)
         print(f"step {step + 1:3d}  reward {curve[-1]:.3f}  clip {clip:.4f}  M {M:.3f}")
     return curve
 

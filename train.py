@@ -486,6 +486,24 @@ def mini_batches(run, groups):
     return minis
 
 
+def checked_loss(run, batch, logp, entropy):
+    """The algorithm's loss and metrics of a micro-batch.
+
+    Raises UserError, with its line, for whatever goes wrong in an objective of the user's own.
+    """
+    args = run.args
+    found = tasks.guarded(args.algo, "loss", run.algorithm.loss, batch, logp, entropy, args)
+    if not isinstance(found, tuple) or len(found) != 2 or not isinstance(found[1], dict):
+        raise UserError(f"--algo {args.algo}: loss(...) must return a loss and a dict of tensors")
+    loss, metrics = found
+    if not isinstance(loss, torch.Tensor) or loss.dim() > 0 or not loss.requires_grad:
+        raise UserError(f"--algo {args.algo}: the loss must be a scalar tensor with a gradient")
+    for key, value in metrics.items():
+        if getattr(value, "shape", None) != logp.shape:
+            raise UserError(f"--algo {args.algo}: the metric {key!r} must be a tensor [B, T]")
+    return loss, metrics
+
+
 def update(run, minis):
     """Step 4: one optimizer step for each mini-batch and epoch.
 
@@ -494,7 +512,8 @@ def update(run, minis):
     """
     args = run.args
     sums = {}
-    tokens = deviation = 0
+    tokens = 0
+    deviation = None  # the largest |ratio - 1|
     grad_norms = []
     parameters = run.optimizer.param_groups[0]["params"]
     for batches in minis * args.num_iterations:
@@ -502,14 +521,12 @@ def update(run, minis):
             with run.autocast():
                 logp, entropy = score(run.model, batch, args.temperature)
             mask = batch["mask"]
-            loss, metrics = run.algorithm.loss(batch, logp, entropy, args)
+            loss, metrics = checked_loss(run, batch, logp, entropy)
             loss.backward()
-            ratio = metrics.pop("ratio", None)
-            if ratio is not None:
-                deviation = max(deviation, (ratio - 1)[mask].abs().max().item())
+            if "ratio" in metrics:
+                off = (metrics.pop("ratio") - 1)[mask].abs().max().item()
+                deviation = max(deviation or 0.0, off)
             for key, value in {"entropy": entropy, **metrics}.items():
-                if value.shape != mask.shape:
-                    raise UserError(f"--algo {args.algo}: the metric {key} must be [B, T]")
                 sums[key] = sums.get(key, 0.0) + value[mask].sum().item()
             tokens += mask.sum().item()
         norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).item()
