@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from engine.errors import UserError
 
 ROW_TOKENS = 1024  # a row takes completions of its prompt up to this length
-LOGITS_AT_ONCE = 2**22  # logits in one chunk of the LM head: 16 MB in fp32
+LOGITS_AT_ONCE = 2**24  # logits in one chunk of the LM head: 64 MB in fp32
 
 
 @dataclass

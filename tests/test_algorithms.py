@@ -80,6 +80,47 @@ def test_an_objective_of_ones_own_trains(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "recipe",
+    ["dict(norm=None)", "dict(norm=[1])", "dict(dynamic_sampling='of')", "dict(kl_mask='some')"],
+)
+def test_a_recipe_that_cannot_work_is_one_line(tmp_path, recipe):
+    (tmp_path / "mine.py").write_text(
+        f"RECIPE = {recipe}\ndef loss(batch, logp, entropy, args): ..."
+    )
+    with pytest.raises(UserError, match="mine.py"):
+        train.parse_args(["--algo", str(tmp_path / "mine.py")])
+
+
+def test_flags_of_a_recipe_have_its_types(tmp_path):
+    text = "RECIPE = dict(norm=True, power=2, word='a')\ndef loss(batch, logp, entropy, args): ..."
+    (tmp_path / "mine.py").write_text(text)
+    flags = ["--algo", str(tmp_path / "mine.py"), "--no-norm", "--power", "3", "--word", "b"]
+    args = train.parse_args(flags)
+    assert (args.norm, args.power, args.word) == (False, 3, "b")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "return batch['no_such_key'].sum(), {}",
+        "return logp.sum()",
+        "return logp, {}",
+        "return logp.detach().sum(), {}",
+        "return logp.sum(), {'ratio': logp[:, :1]}",
+        "return logp.sum(), {'mine': 3.0}",
+        "return args.no_such_flag * logp.sum(), {}",
+    ],
+)
+def test_a_loss_that_fails_is_one_line(tmp_path, body):
+    text = f"RECIPE = dict()\n\n\ndef loss(batch, logp, entropy, args):\n    {body}\n"
+    (tmp_path / "mine.py").write_text(text)
+    flags = ["--algo", str(tmp_path / "mine.py"), "--steps", "1", *SMALL]
+    with pytest.raises(UserError, match="mine.py") as error:
+        train.train(train.parse_args([*flags, "--output-dir", str(tmp_path / "run")]))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
     "text",
     [
         "RECIPE = {}",

@@ -63,6 +63,16 @@ def test_resume_is_bit_exact(tmp_path, flags):
     assert [path.name for path in (tmp_path / "parts").glob("check*")] == ["checkpoint-4"]
 
 
+def test_resume_knows_its_model_and_lets_batch_sizes_change(tmp_path):
+    model = build_checkpoint(tmp_path / "model", "qwen2")
+    rows = [{"problem": f"What is {a} + 1?", "answer": str(a + 1)} for a in range(8)]
+    write_jsonl(tmp_path / "data.jsonl", rows)
+    flags = ["--model", model, "--data", str(tmp_path / "data.jsonl"), "--algo", "grpo"]
+    run(tmp_path / "run", *flags, "--steps", "1")
+    smaller = ["--max-tokens-per-batch", "300", "--rollout-batch-size", "8"]
+    assert len(run(tmp_path / "run", "--resume", "--steps", "2", *smaller)) == 2
+
+
 def test_a_run_without_a_checkpoint_starts_over(tmp_path):
     whole = run(tmp_path / "whole", "--steps", "1")
     run(tmp_path / "died", "--steps", "1")
@@ -391,6 +401,21 @@ def test_another_run_is_neither_mixed_with_nor_lost(tmp_path):
     with pytest.raises(UserError, match="left alone"):
         run(tmp_path / "letters", "--overwrite")
     assert (tmp_path / "letters" / "dear.txt").exists()
+
+
+def test_what_is_not_the_runs_own_is_left_alone(tmp_path):
+    run(tmp_path / "run", "--steps", "1")
+    notes = tmp_path / "run" / "notes"
+    notes.mkdir()
+    (notes / "dear.txt").write_text("Dear")
+    with pytest.raises(UserError, match="left alone"):  # a folder inside a run is no run
+        run(notes, "--overwrite")
+    (tmp_path / "run" / "checkpoint-best").mkdir()
+    (tmp_path / "run" / "checkpoint-notes.txt").write_text("")
+    run(tmp_path / "run", "--resume", "--steps", "2")
+    names = {path.name for path in (tmp_path / "run").glob("checkpoint*")}
+    assert names == {"checkpoint-2", "checkpoint-best", "checkpoint-notes.txt"}
+    assert (notes / "dear.txt").exists()
 
 
 def test_a_run_of_another_script_is_refused(tmp_path):
