@@ -124,7 +124,7 @@ def main(steps=30, seed=0):
     args = SimpleNamespace(**RECIPE)
     num_prompts = 32  # of a rollout
     G = 8  # completions of a prompt
-    max_length = 48  # tokens of a completion
+    T = 48  # tokens of a completion, at most
     mini_batches = 4  # of a rollout
     epochs = 2  # over it: 8 updates
     task = tasks.load("arithmetic", "train")
@@ -133,6 +133,7 @@ def main(steps=30, seed=0):
     stop_ids = stop_token_ids(model, tokenizer)
     optimizer = torch.optim.AdamW(model.parameters(), 3e-5, betas=(0.9, 0.95), weight_decay=0.0)
     generator = torch.Generator().manual_seed(seed)
+    options = dict(max_completion_length=T, temperature=1.0, stop_ids=stop_ids, generator=generator)
     taken = 0  # problems so far
     curve = []
 
@@ -142,21 +143,13 @@ def main(steps=30, seed=0):
         problems = tasks.take(task.problems, taken, count, seed)
         taken += count
         prompts = [tokenizer(problem["prompt"]).input_ids for problem in problems]
-        samples = sample(
-            model,
-            prompts,
-            G,
-            max_completion_length=max_length,
-            temperature=1.0,
-            stop_ids=stop_ids,
-            generator=generator,
-        )
+        samples = sample(model, prompts, G, **options)
         # 2. Score each completion. Its length may be punished.
         for i, s in enumerate(samples):
             s.text = tokenizer.decode(s.completion_ids, skip_special_tokens=True)
             s.task_reward = task.reward(problems[i // G], s.text)
         lengths = torch.tensor([len(s.completion_ids) for s in samples])
-        punishments = soft_overlong_punishment(lengths, max_length, cache=max_length // 5)
+        punishments = soft_overlong_punishment(lengths, T, cache=T // 5)
         for s, punishment in zip(samples, punishments.tolist()):
             s.reward = s.task_reward + punishment
         groups = [samples[i : i + G] for i in range(0, len(samples), G)]

@@ -195,20 +195,15 @@ def main(steps=30, seed=0):
     stop_ids = stop_token_ids(model, tokenizer)
     optimizer = torch.optim.AdamW(model.parameters(), 3e-5, betas=(0.9, 0.95), weight_decay=0.0)
     generator = torch.Generator().manual_seed(seed)
+    options = dict(
+        max_completion_length=48, temperature=1.0, stop_ids=stop_ids, generator=generator
+    )
     curve = []
     for step in range(steps):
         # 1. Sample G completions of each prompt.
         problems = tasks.take(task.problems, step * num_prompts, num_prompts, seed)
         prompts = [tokenizer(problem["prompt"]).input_ids for problem in problems]
-        samples = sample(
-            model,
-            prompts,
-            G,
-            max_completion_length=48,
-            temperature=1.0,
-            stop_ids=stop_ids,
-            generator=generator,
-        )
+        samples = sample(model, prompts, G, **options)
 
         # 2. Reward each completion. The group is its own baseline; one of equal rewards is dropped.
         for i, s in enumerate(samples):
