@@ -60,8 +60,8 @@ def main():
     change = exact_entropy_change(two_token_entropy(new), two_token_entropy(old))
     tokens = int(mask.sum())
 
-    def losses(logp):
-        """(loss, metrics) of each method at these log-probs of the policy that learns."""
+    def losses(logp, change):
+        """(loss, metrics) of each method. logp, change (dH): of the policy that learns."""
         inputs = (logp, old.log(), advantages, mask)
         return {
             "GRPO": grpo_loss(*inputs, num_sequences=4),
@@ -69,7 +69,7 @@ def main():
             "TEPO": tepo_loss(*inputs, entropy_change=change, num_tokens=tokens),
         }
 
-    found = losses(new.log())
+    found = losses(new.log(), change)
     _, tepo = found["TEPO"]
     clipped = {name: m["clip_ratio/low"] | m["clip_ratio/high"] for name, (_, m) in found.items()}
     token_ratio = found["GRPO"][1]["ratio"]
@@ -84,11 +84,17 @@ def main():
         print(f"  their geometric mean  {cells(tepo['ratio'][i], 1, number)}  {word}")
         line = cells(change[i], length, lambda value: f"{value:+.2f}")
         print(f"  dH {line}  M {cells(tepo['kl_mask_fraction'][i], length, mark('on'))}")
+        print(f"  KL {cells(tepo['kl'][i], length, lambda value: f'{value:.3f}')}")
     print()
     print("loss: " + ", ".join(f"{name} {loss:+.4f}" for name, (loss, _) in found.items()))
-    start = losses(old.log())
-    ratios = {metrics["ratio"][mask].unique().tolist()[0] for _, metrics in start.values()}
-    print(f"at pi = pi_old every w is {ratios.pop():.0f}, nothing is clipped, and the KL is 0")
+    start = [metrics for _, metrics in losses(old.log(), torch.zeros_like(change)).values()]
+    ratios = {value for metrics in start for value in metrics["ratio"][mask].tolist()}
+    clips = sum(int((m["clip_ratio/low"] | m["clip_ratio/high"]).sum()) for m in start)
+    kl = max(metrics["kl"].max().item() for metrics in start)
+    masked = int(start[-1]["kl_mask_fraction"].sum())
+    print(
+        f"at pi = pi_old: every w in {ratios}, {clips} clipped, KL {kl:.0f}, M on {masked} tokens"
+    )
 
 
 if __name__ == "__main__":
