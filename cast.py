@@ -79,7 +79,7 @@ from engine.models import (
 )
 from engine.plots import draw_map
 from engine.runs import check_writable, is_embedded, replacing, write_json
-from rollout import Sample, check_model, collate, micro_batches, sample, score
+from rollout import Sample, check_model, collate, micro_batches, sample, sample_length, score
 from tasks import arithmetic
 from tasks.safety import is_degenerate, is_refusal, load_pairs
 
@@ -150,7 +150,7 @@ def encode_pairs(name, pairs, tokenizer, max_length):
         prompt_ids = tokenizer(text, add_special_tokens=how == "plain").input_ids
         response_ids = tokenizer(pair["response"], add_special_tokens=False).input_ids
         s = Sample(prompt_ids, response_ids + end, problem=pair)
-        if len(s.prompt_ids) + len(s.completion_ids) <= max_length:
+        if sample_length(s) <= max_length:
             samples.append(s)
     if len(samples) < 2:
         raise UserError(
@@ -165,8 +165,8 @@ def batches(model, samples, max_tokens, description=None):
 
     max_tokens: of prompts and completions in a batch; description: of a progress bar, if wanted.
     """
-    lengths = [len(s.prompt_ids) + len(s.completion_ids) for s in samples]
-    order = sorted(range(len(samples)), key=lambda i: lengths[i])  # as in micro_batches
+    # The order in which micro_batches takes them, so that indices can be told.
+    order = sorted(range(len(samples)), key=lambda i: sample_length(samples[i]))
     parts = micro_batches([samples[i] for i in order], max_tokens, share_prompts=False)
     start = 0
     for part in tqdm(parts, desc=description, leave=False, disable=None if description else True):
@@ -615,7 +615,8 @@ def run_tune(args, model, tokenizer, heads):
         "before": before,
         "after": after,
     }
-    write_json(directory / "args.json", {**vars(args), "script": "cast"})  # what tuned/ began with
+    began = {"script": "cast", "embedded": is_embedded(args.model)}  # for tuned/ as a --model
+    write_json(directory / "args.json", {**vars(args), **began})
     write_json(directory / "tune.json", report)
 
     print(f"\n{'held out':<26}{'before':>9}{'after':>9}")

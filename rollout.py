@@ -203,7 +203,7 @@ def micro_batches(samples, max_tokens, share_prompts=True):
     """
     rows = []  # (tokens, samples)
     for row in fill_rows(samples, share_prompts):
-        rows.append((len(row[0].prompt_ids) + sum(len(s.completion_ids) for s in row), row))
+        rows.append((sample_length(row[0]) + sum(len(s.completion_ids) for s in row[1:]), row))
     parts = []
     count = 0
     for tokens, row in sorted(rows, key=lambda pair: pair[0]):

@@ -250,6 +250,7 @@ def parse_args(argv=None):
         if action.choices and value is not None and value not in action.choices:
             raise UserError(f"RECIPE of {args.algo}: {action.dest} cannot be {value!r}")
     flags.check_unchanged(args, saved, FREE_ON_RESUME)
+    args.embedded = embedded  # for whoever gives this run as --model
     args.overlong_cache = args.overlong_cache or max(1, args.max_completion_length // 5)
 
     if args.num_generations < 2:

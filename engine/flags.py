@@ -103,7 +103,7 @@ def resumed_flags(output_dir, script):
             f"--output-dir {output_dir} holds a run of {saved.get('script')}.py, "
             f"with which {script}.py cannot go on"
         )
-    own = ("script", "resume", "overwrite", "output_dir")
+    own = ("script", "resume", "overwrite", "output_dir", "embedded")
     return {key: value for key, value in saved.items() if key not in own}
 
 

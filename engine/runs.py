@@ -79,7 +79,7 @@ def is_embedded(model):
     if model == "tiny" or Path(model).resolve() == ROOT / "tiny":
         return True
     settings = own_settings(model) or own_settings(Path(model).parent)
-    return settings.get("model", model) != model and is_embedded(settings["model"])
+    return settings.get("embedded") is True
 
 
 # --------------------------------------------------------------------------------------------------

@@ -307,6 +307,10 @@ def test_a_run_from_the_embedded_model_keeps_its_defaults(tmp_path):
     assert args.data == "arithmetic"
     assert args.max_completion_length == 48
     assert args.epsilon == 0.02
+    run(tmp_path / "again", "--steps", "1", "--model", str(tmp_path / "run"))
+    run(tmp_path / "run", "--steps", "1", "--model", str(tmp_path / "again"), "--overwrite")
+    for path in ("again", "run", "run/checkpoint-1"):  # also where two runs name each other
+        assert train.parse_args(["--model", str(tmp_path / path)]).data == "arithmetic"
     real = train.parse_args(["--model", "Qwen2.5-1.5B"])
     assert real.gradient_checkpointing
     assert real.epsilon == 0.2
