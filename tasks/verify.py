@@ -1,26 +1,28 @@
 r"""Judges an answer: is it equal to the gold one? Nothing in it is learned.
 
-The answer is cut out of the completion (its last balanced \boxed{}). Then the first check that can
-decide decides:
+The answer is cut out of what follows the completion's thought (the last balanced \boxed{}). Then
+the first check that can decide decides:
 
     1. length, balance      over 1,000 characters or unbalanced braces: wrong
-    2. units                5 cm is not 5 m; a unit on one side only is ignored
+    2. a choice             gold A or (A) 5: (A), A. 5 and \textbf{(A) }5 are right
     3. the same text        without LaTeX spacing, \left, \dfrac, $, degrees: right
-    4. two numbers          exact fractions: 1,234 = 1234, 07 = 7, 0.50 = \frac{2}{4}, 4e3 = 4000
-    5. a word               gold "east": only the word itself (to sympy seat = east: e*a*s*t)
-    6. hostile size         towers of powers, exponents and factorials of five digits: wrong
-    7. math-verify          parses \boxed{gold} and \boxed{answer}; sympy says if they are equal
+    4. units                5 cm is not 5 m; a unit on one side only is ignored
+    5. two numbers          exact fractions: 1,234 = 1234, 07 = 7, 0.50 = \frac{2}{4}, 4e3 = 4000
+    6. a word               gold "east": only the word itself (to sympy seat = east: e*a*s*t)
+    7. hostile size         towers of powers, exponents and factorials of five digits: wrong
+    8. algebra              both are parsed, each as a whole, and sympy compares them
 
-The cheap checks come first. They decide nearly all answers that are integers.
-math-verify runs sympy on text that a policy wrote, so it runs in a worker process. The kernel
-limits the worker's time and memory. When an answer kills the worker, the answer is wrong and a new
-worker starts. math-verify's own time-outs are off: they are Python signal handlers, which fail off
-the main thread and can't stop a C call.
+The cheap checks come first (their texts, units and numbers: notation.py). They decide nearly all
+answers that are integers. Algebra (algebra.py) runs sympy on text that a policy wrote, so it runs
+in a worker process. The kernel limits the worker's time and memory. When an answer kills the
+worker, the answer is wrong and a new worker starts. `allow` limits what all answers together take.
 
 Readings, where grading is a convention: 50% equals 50 and 0.5. A decimal equals a gold that is not
 an integer when they agree to one part in a million (0.333333 for 1/3); an integer must be met
 exactly. 1010 is accepted for 1010_2, because its question asks for base two. Only the last box
-counts: several boxed numbers are not a set.
+counts: several boxed numbers are not a set. A letter by itself is a variable and no unit: 7 is not
+7m. i is the imaginary unit. A pair must come in order, with or without its brackets; a list is a
+set.
 
 `python -m tasks.verify` shows it on a few answers.
 """
@@ -34,11 +36,11 @@ import signal
 import subprocess
 import sys
 import threading
-from fractions import Fraction
+import time
 from pathlib import Path
-from typing import NamedTuple
 
 from engine.errors import UserError
+from tasks.notation import bare, clean, normalise, number, same_number, split_unit, without_units
 
 ROOT = Path(__file__).resolve().parent.parent
 TIME_LIMIT = 3.0  # seconds for one judgement; an honest one takes some milliseconds
@@ -59,6 +61,19 @@ BOX = re.compile(
     """,
     re.DOTALL | re.VERBOSE,
 )
+
+
+def after_thought(text, opened=False):
+    """What follows the last </think>: the part of a completion that answers.
+
+    opened: whether the prompt ended in an open <think>.
+    Returns None for a thought that has begun and not ended, and the text itself where there is no
+    thought.
+    """
+    thought, ended, rest = text.rpartition("</think>")
+    if "<think>" in rest or (opened and not ended):
+        return None
+    return rest
 
 
 def last_boxed(text):
@@ -93,247 +108,59 @@ def after_marker(text, marker):
     return last_boxed(answer) or answer
 
 
-def extract_answer(completion, styles=("boxed",)):
+def extract_answer(completion, styles=("boxed",), *, judge_thoughts=False, opened=False):
     """The final answer as the completion writes it, or None.
 
     styles: where to look; the first one that is there counts. "boxed" is the last balanced box,
     "####" and "Answer:" are the rest of the line behind the last such marker.
+    judge_thoughts: look at the whole completion, in place of what follows its thought; opened: see
+    `after_thought`.
     """
+    text = completion if judge_thoughts else after_thought(completion, opened)
+    if text is None:
+        return None
     for style in styles:
-        answer = last_boxed(completion) if style == "boxed" else after_marker(completion, style)
+        answer = last_boxed(text) if style == "boxed" else after_marker(text, style)
         if answer is not None:
             return answer.strip()
     return None
 
 
 # -------------------------------------------------------------------------------------------------
-# Two texts in one form
+# What is decided without algebra
 
-REWRITES = (
-    (r"(?<!\\)(\\left(?![a-zA-Z])|\\right(?![a-zA-Z])|\\displaystyle|\\[!,;:()[\]]|\\?\$)", ""),
-    (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
-    (r"\\frac\s*([0-9])\s*([0-9])(?![0-9])", r"\\frac{\1}{\2}"),
-    (r"\^\s*(\{\s*\\circ\s*\}|\\circ(?![a-zA-Z]))|\\degree(?![a-zA-Z])|°", ""),
-    (r"\{,\}", ","),
-    (r"[−–]", "-"),
-    (r"\\%", "%"),
-    (r"(?<!\\)\\ |~|\s+", " "),
-    (r"(?<=[0-9.])[eE]([+-]?[0-9]+)$", r" \\times 10^{\1}"),  # sympy: 4.5e33 = 4.5 * e * 33
-)
-TEXT = re.compile(
-    r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mbox|operatorname)\s*\{([^{}]*)\}"
-)
-NEEDLESS_SPACE = re.compile(r"(?<![0-9A-Za-z]) +| +(?![0-9A-Za-z])")  # 1 1/2 is not 11/2
-
-
-def clean(text):
-    """The answer without what only changes its looks; spaces that may mean something stay."""
-    for pattern, new in REWRITES:
-        text = re.sub(pattern, new, text)
-    return text.strip().rstrip(".").rstrip()
-
-
-def normalise(text):
-    """The form in which two texts are compared: clean, no text commands. `(B)` is `B`."""
-    text = TEXT.sub(r" \1 ", clean(text))
-    text = NEEDLESS_SPACE.sub("", re.sub(" +", " ", text))
-    return text[1:-1] if re.fullmatch(r"\([A-Za-z]\)", text) else text
-
-
-# -------------------------------------------------------------------------------------------------
-# Units
-
-UNIT = re.compile(
+INTEGER = re.compile("-?[0-9]{1,99}")
+WORDS = re.compile(
     r"""
-    (?:
-        \\(?:text|textrm|mathrm|mbox) [ ]? \{ [ ]? (?P<text>[A-Za-z][A-Za-z./ ]*) \}
-      | (?<=[0-9 }]) (?P<short>cm|mm|km|kg|mg|ft|mi|ml|lb|oz|mph)      # 5cm
-      | (?<=[ ]) (?P<word>(?:square[ ]|sq[ ]|cubic[ ])?[a-z]{3,}|in)   # 5 square feet
-    )
-    \.? (?P<power>[ ]?\^[ ]?\{?[ ]?[23][ ]?\}?)? $
+    [A-Za-z]{3,}
+    | [A-Za-z]{2,} [ .'’] [A-Za-z]+ (?:[ .'’-] [A-Za-z]+){0,4}   # no solution, Mrs. Hilt
+    | (?i:no|up)
     """,
     re.VERBOSE,
 )
-UNIT_WORDS = {
-    "cm": "centimeter centimetre",
-    "mm": "millimeter",
-    "km": "kilometer",
-    "m": "meter metre",
-    "in": "inch inche",  # what is left of inches
-    "ft": "foot feet",
-    "mi": "mile",
-    "hour": "hr",
-    "minute": "min",
-    "second": "sec",
-    "kg": "kilogram",
-    "g": "gram",
-    "lb": "pound",
-    "oz": "ounce",
-    "": "degree unit point",
-}
-UNIT_NAMES = {word: unit for unit, words in UNIT_WORDS.items() for word in words.split()}
-SCALES = {
-    "hundred": 100,
-    "thousand": 10**3,
-    "million": 10**6,
-    "billion": 10**9,
-    "trillion": 10**12,
-}
-
-
-def split_unit(text):
-    r"""A clean answer as (value, unit): `12\text{ cm}^2` is ("12", "cm^2"), `x` is ("x", "")."""
-    match = UNIT.search(text)
-    value = text[: match.start()].rstrip() if match else ""
-    if not re.search("[0-9]", value):
-        return text, ""  # a text answer, not a unit
-    unit = (match["text"] or match["short"] or match["word"]).lower().replace(".", "").strip()
-    if unit in SCALES or unit == "percent":
-        return f"{value} {unit}", ""
-    return value, unit_name(unit, match["power"] or "")
-
-
-def unit_name(unit, power):
-    """One name for all spellings of a unit. power: the exponent behind it as text, or ""."""
-    kind = ""
-    if unit.startswith(("square ", "sq ", "cubic ")):
-        kind, _, unit = unit.rpartition(" ")
-    if unit.endswith("s") and len(unit) > 2:
-        unit = unit[:-1]
-    name = UNIT_NAMES.get(unit, unit)
-    exponent = re.sub("[^23]", "", power)
-    if kind and not exponent:
-        exponent = "3" if kind == "cubic" else "2"
-    return f"{name}^{exponent}" if name and exponent else name
-
-
-# -------------------------------------------------------------------------------------------------
-# Numbers
-
-INTEGER = "(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,3}(?:[ ][0-9]{3})+|[0-9]+)"  # 1,234 or 1 234 or 1234
-FRACTION = re.compile(
+CHOICE = re.compile(
     r"""
-    [+-]? [ ]?
-    (?: (?P<mixed>[0-9]+) [ ]? (?:(?=\\)|(?<=[ ])) )?    # the first 1 of 1\frac{1}{2} and of 1 1/2
-    (?:
-        \\frac [ ]? \{ [ ]? (?P<minus>-?)(?P<top>INTEGER) [ ]? \}
-               [ ]? \{ [ ]? (?P<bottom>INTEGER) [ ]? \}
-      | (?P<over>INTEGER) [ ]? / [ ]? (?P<under>INTEGER)
-    )
-    """.replace("INTEGER", INTEGER),
+    (?: \( (?P<inside>[A-J]) \) | (?P<before>[A-J]) [).:] ) [ ]?
+    (?! [,;] | (?:and|or)(?![a-z]) | .* (?<![A-Za-z]) [A-J]\) )     # (A) or (B)
+    (?P<value>.+)
+    """,
     re.VERBOSE,
 )
-DECIMAL = re.compile(
+BASED = re.compile(r"([0-9][0-9a-zA-Z]*)(?:_\{?([0-9]{1,2})\}?)?")  # 1010_2
+TOWER = re.compile(
     r"""
-    [+-]? [ ]?
-    (?P<whole>INTEGER)?
-    (?P<decimals>\.[0-9]*)?
-    (?P<repeat>\\overline[ ]?\{[ ]?[0-9]+[ ]?\})?
-    (?:
-        [ ]? (?:\\times|\\cdot|\*|×)
-        [ ]? 10 [ ]? \^ [ ]? \{? [ ]? (?P<power>[+-]?[0-9]{1,3}) [ ]? \}?
-    )?
-    """.replace("INTEGER", INTEGER),
+    \^ [{(\s+-]* (?P<base>[0-9]+) \s* \}? \s*       # an exponent that is a number
+    \^ [{(\s+-]* (?P<exponent>[0-9]+) \s* \}? \s*   # with an exponent of its own
+    (?P<more>\^)?
+    """,
     re.VERBOSE,
 )
-PERCENT = re.compile(" ?(%| percent)$")
-BASED = re.compile(r"([0-9a-zA-Z]+)_\{?([0-9]{1,2})\}?")  # 1010_2
-
-
-class Number(NamedTuple):
-    """An exact value, and whether it was written as a percentage (50% has the value 50)."""
-
-    value: Fraction
-    percent: bool
-
-
-def integer(digits):
-    """The value of what INTEGER matched; 0 for None."""
-    return int(re.sub("[ ,]", "", digits or "0"))
-
-
-def fraction_value(match):
-    """The absolute value of what FRACTION matched, or None for a division by zero."""
-    top = integer(match["top"] or match["over"])
-    bottom = integer(match["bottom"] or match["under"])
-    if not bottom:
-        return None
-    sign = -1 if match["minus"] else 1
-    return integer(match["mixed"]) + sign * Fraction(top, bottom)
-
-
-def decimal_value(match):
-    """The absolute value of what DECIMAL matched, or None for a repetition without a point."""
-    decimals = (match["decimals"] or "")[1:]
-    repeat = re.sub("[^0-9]", "", match["repeat"] or "")
-    if repeat and not match["decimals"]:
-        return None
-    value = integer(match["whole"]) + Fraction(int(decimals or 0), 10 ** len(decimals))
-    if repeat:
-        value += Fraction(int(repeat), 10 ** len(decimals) * (10 ** len(repeat) - 1))
-    return value * Fraction(10) ** int(match["power"] or 0)
-
-
-def number(text):
-    """The exact Number that a clean numeral means, or None for anything else."""
-    percent = PERCENT.search(text)
-    if percent:
-        text = text[: percent.start()]
-    before, _, last = text.rpartition(" ")
-    scale = SCALES.get(last, 1)
-    if last in SCALES:
-        text = before
-    if not re.search("[0-9]", text):
-        return None
-    if match := FRACTION.fullmatch(text):
-        value = fraction_value(match)
-    elif match := DECIMAL.fullmatch(text):
-        value = decimal_value(match)
-    else:
-        return None
-    if value is None:
-        return None
-    sign = -1 if text.startswith("-") else 1
-    return Number(sign * scale * value, bool(percent))
-
-
-def same_number(answer, gold):
-    """Whether two Numbers are equal. A percentage may be meant as 50 or as 0.5."""
-    for a in possible_values(answer, gold):
-        for g in possible_values(gold, answer):
-            if a == g:
-                return True
-            if g.denominator > 1 and abs(a - g) <= abs(g) / 10**6:
-                return True
-    return False
-
-
-def possible_values(one, other):
-    """What a Number may mean where it is compared with another one."""
-    if one.percent and not other.percent:
-        return [one.value, one.value / 100]
-    return [one.value]
-
-
-def same_in_base(answer, gold):
-    """Whether two matches of BASED are the same digits in the same base."""
-    if answer[2] != gold[2]:
-        return False
-    return answer[1].lstrip("0").lower() == gold[1].lstrip("0").lower()
-
-
-# -------------------------------------------------------------------------------------------------
-# What is decided without algebra
-
-WORDS = re.compile("[A-Za-z]{3,}|[A-Za-z]{2,}( [A-Za-z]+){1,4}")
-PROSE = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3,}")
 HOSTILE = re.compile(
     r"""
-    (\^|\*\*) [{(\s+-]* [0-9]+ [})\s]* (\^|\*\*)   # a tower of powers
-    | (\^|\*\*) [{(\s+-]* [0-9.,]{5}               # an exponent of five digits
+    \^ [{(\s+-]* [0-9][0-9,]{4}                    # an exponent of five digits
     | [0-9]{5} [)}\s]* !                           # a factorial of five digits
     | ! [)}\s]* !                                  # a factorial of a factorial
-    | (?<![_^0-9.]) [0-9]+ [ ] [0-9]               # 2 3, which sympy multiplies to 6
+    | (?<![_^0-9.]) [0-9.]+ [ ] [0-9]              # 2 3, which sympy multiplies to 6
     """,
     re.VERBOSE,
 )
@@ -353,47 +180,118 @@ def usable(text):
     return depth == 0 and max(deepest, brackets) <= MAX_DEPTH
 
 
-def set_and_tuple(a, b):
-    """Whether `a` is written as a set and `b` as a tuple or an interval."""
-    return a.startswith("\\{") and b.startswith(("(", "["))
+def hostile(text):
+    """Whether sympy must not see an answer: its value is enormous, or it means something else."""
+    text = text.replace("**", "^")
+    for tower in TOWER.finditer(text):
+        base, exponent = tower["base"], tower["exponent"]
+        if tower["more"] or len(base + exponent) > 5 or int(base) ** int(exponent) > 10**4:
+            return True
+    return bool(HOSTILE.search(text))
 
 
 def settle(answer, gold):
     """True or False where text, units and numbers decide, else None (algebra has to)."""
+    return reduced(answer, gold)[0]
+
+
+def reduced(answer, gold):
+    """(What `settle` returns, and the answer and the gold without what has been dealt with)."""
     if not usable(answer) or not usable(gold):
+        return False, answer, gold
+    if INTEGER.fullmatch(answer) and INTEGER.fullmatch(gold):
+        return int(answer) == int(gold), answer, gold
+    answer, gold = without_choices(clean(answer), clean(gold))
+    values = without_units(answer, gold)
+    verdict = same_text(answer, gold)
+    if verdict is None and values is None:
+        verdict = False
+    if verdict is None:
+        answer, gold = values
+        verdict = same_text(answer, gold)
+    if verdict is None:
+        verdict = same_numeral_or_word(answer, gold)
+    if verdict is None and hostile(answer):
+        verdict = False
+    return verdict, answer, gold
+
+
+def same_text(answer, gold):
+    """True for the same text, False where nothing is left of one of the two, else None."""
+    answer = bare(answer)
+    gold = bare(gold)
+    if not answer or not gold:  # nothing but spacing, dollar signs or a full stop
         return False
-    answer, answer_unit = split_unit(clean(answer))
-    gold, gold_unit = split_unit(clean(gold))
-    if answer_unit and gold_unit and answer_unit != gold_unit:
-        return False
-    answer_text = normalise(answer)
-    gold_text = normalise(gold)
-    if not answer_text or not gold_text:  # nothing but spacing, dollar signs or a full stop
-        return False
-    if answer_text == gold_text:
-        return True
+    return answer == gold or None
+
+
+def without_choices(answer, gold):
+    """Two clean texts with what counts in answers to multiple-choice questions.
+
+    That is the letters, where one of the two has only a letter, and else the values.
+    """
+    answer_letter, answer_value = choice(bare(answer))
+    gold_letter, gold_value = choice(bare(gold))
+    letters = bool(answer_letter and gold_letter)
+    if letters and (answer_letter != gold_letter or not answer_value or not gold_value):
+        return answer_letter, gold_letter
+    return answer_value or answer, gold_value or gold
+
+
+def choice(text):
+    """(letter, value) of a normalised answer: ("A", "5") for `(A)5` and `A. 5`, "" for lacking."""
+    if re.fullmatch("[A-J]", text):
+        return text, ""
+    match = CHOICE.fullmatch(text)
+    return (match["inside"] or match["before"], match["value"]) if match else ("", "")
+
+
+def same_numeral_or_word(answer, gold):
+    """True or False where two clean texts are numerals, or the gold one is a word, else None."""
     answer_number = number(answer)
     gold_number = number(gold)
     if answer_number and gold_number:
         return same_number(answer_number, gold_number)
-    if WORDS.fullmatch(gold_text):
-        return answer_text.casefold() == gold_text.casefold()
-    answer_based = BASED.fullmatch(answer_text)
-    gold_based = BASED.fullmatch(gold_text)
-    if answer_based and gold_based:
-        return same_in_base(answer_based, gold_based)
-    if HOSTILE.search(answer):
-        return False
-    if set_and_tuple(answer_text, gold_text) or set_and_tuple(gold_text, answer_text):
-        return False
+    answer = bare(answer)
+    gold = bare(gold)
+    if WORDS.fullmatch(gold):
+        return answer.casefold() == gold.casefold()
+    a = BASED.fullmatch(answer)
+    g = BASED.fullmatch(gold)
+    if a and g and (a[2] or g[2]):
+        digits = [match[1].lstrip("0").lower() for match in (a, g)]
+        return digits[0] == digits[1] and (a[2] or g[2]) == (g[2] or a[2])
     return None
 
 
 # -------------------------------------------------------------------------------------------------
-# math-verify in a worker process
+# math-verify's parser and sympy in a worker process
 
 _lock = threading.Lock()
 _worker = None
+_seconds_left = None  # of what `allow` has given; None for no limit
+_undecided = 0
+
+
+def allow(seconds):
+    """From now on algebra may take so many seconds in all; None for no limit, as at the start.
+
+    What would still have to be decided afterwards counts as wrong. The judgement during which the
+    time runs out is finished, so it may take TIME_LIMIT and the start of a worker longer.
+    """
+    global _seconds_left, _undecided
+    with _lock:
+        _seconds_left = seconds
+        _undecided = 0
+
+
+def undecided():
+    """How many answers counted as wrong since the last `allow` because the time had run out."""
+    return _undecided
+
+
+class Undecided(Exception):
+    """Raised where algebra is needed and its time has run out. An exception is not cached."""
 
 
 def start_worker():
@@ -419,33 +317,50 @@ def start_worker():
 
 
 def ask(*request):
-    """Asks the worker. request: (gold,), "does it parse?", or (gold, answer), "are they equal?".
+    """Asks the worker. request: (gold,), "can it be read?", or (gold, answer), "are they equal?".
 
     Returns its reply, or None when it died of the request. Any thread may call.
+    Raises Undecided for a pair when the time of `allow` has run out.
+    """
+    global _seconds_left
+    with _lock:
+        if len(request) == 1 or _seconds_left is None:
+            return ask_in_turn(request)
+        if _seconds_left <= 0:
+            raise Undecided
+        started = time.monotonic()
+        try:
+            return ask_in_turn(request)
+        finally:
+            _seconds_left -= time.monotonic() - started
+
+
+def ask_in_turn(request):
+    """`ask` without its lock and its limit.
+
     A worker that ran out of its own time has died of the request for certain. After any other death
     a fresh worker is asked once more: a process may be killed from outside.
     """
     global _worker
-    with _lock:
-        for _ in range(2):
-            if _worker is None or _worker.poll() is not None:  # a forked process gets its own
-                _worker = start_worker()
-            worker = _worker
-            reply = ""
-            try:
-                worker.stdin.write(json.dumps(request) + "\n")
-                worker.stdin.flush()
-                reply = worker.stdout.readline()
-            except OSError:  # it was dead already
-                pass
-            finally:
-                if not reply:  # dead, or Ctrl-C: the next call must not read this call's reply
-                    worker.kill()
-                    worker.wait()
-                    _worker = None
-            if reply or worker.returncode == -signal.SIGALRM:
-                break
-        return json.loads(reply) if reply else None
+    for _ in range(2):
+        if _worker is None or _worker.poll() is not None:  # a forked process gets its own
+            _worker = start_worker()
+        worker = _worker
+        reply = ""
+        try:
+            worker.stdin.write(json.dumps(request) + "\n")
+            worker.stdin.flush()
+            reply = worker.stdout.readline()
+        except OSError:  # it was dead already
+            pass
+        finally:
+            if not reply:  # dead, or Ctrl-C: the next call must not read this call's reply
+                worker.kill()
+                worker.wait()
+                _worker = None
+        if reply or worker.returncode == -signal.SIGALRM:
+            break
+    return json.loads(reply) if reply else None
 
 
 def serve(time_limit):
@@ -456,6 +371,8 @@ def serve(time_limit):
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # no handler: the process dies, even in a C call
     signal.setitimer(signal.ITIMER_REAL, START_LIMIT)
     limit_memory()
+    from tasks.algebra import judge
+
     judge("\\frac{1}{2}", "2x")  # loads what is imported late
     print("ready", file=replies, flush=True)
     for line in sys.stdin:
@@ -476,42 +393,35 @@ def limit_memory():
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
 
 
-def judge(gold, answer=None):
-    """In the worker: whether gold parses, or, with an answer, whether the two are equal."""
-    from math_verify import verify
-
-    if answer is not None:
-        # allow_set_relation_comp: x < 3 is (-oo, 3)
-        return bool(
-            verify(read(gold), read(answer), timeout_seconds=0, allow_set_relation_comp=True)
-        )
-    for value in read(gold):
-        if not isinstance(value, str) and not re.search("zoo|nan", str(value)):
-            return True
-    return False
-
-
-def read(text):
-    r"""In the worker: an answer as math-verify reads it. Without a box 3\sqrt{13} becomes 3."""
-    from math_verify import LatexExtractionConfig, parse
-
-    return parse(f"\\boxed{{{text}}}", [LatexExtractionConfig()], parsing_timeout=0)
-
-
 # -------------------------------------------------------------------------------------------------
 # The judge
+
+PROSE = re.compile(
+    r"""
+    (?<![\\A-Za-z])
+    (?!(?:and|sin|cos|tan|cot|sec|csc|log|exp|gcd|lcm|min|max|mod)(?![A-Za-z]))
+    (?: (?<=[ ]) [A-Za-z]{3,} | [A-Za-z]{3,} (?=[ ]) )
+    """,
+    re.VERBOSE,
+)
+NUMBER_WORDS = frozenset(
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen"
+    " sixteen seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety"
+    " hundred thousand million half third quarter dozen".split()
+)
 
 
 @functools.lru_cache(maxsize=100_000)
 def equal(answer, gold):
-    """Whether an extracted answer equals the gold one. Cached: a bomb costs its time once."""
-    settled = settle(answer, gold)
-    if settled is not None:
-        return settled
-    answer, _ = split_unit(clean(answer))
-    gold, _ = split_unit(clean(gold))
-    if gold[0] in "([" and gold[-1] in ")]" and is_bare_list(answer):
-        answer = gold[0] + answer + gold[-1]
+    """Whether an extracted answer equals the gold one. Cached: a bomb costs its time once.
+
+    Raises Undecided where it needs algebra and the time of `allow` has run out.
+    """
+    verdict, answer, gold = reduced(answer, gold)
+    if verdict is not None:
+        return verdict
+    if gold[0] == "(" and gold[-1] == ")" and is_bare_list(answer):
+        answer = f"({answer})"
     return ask(gold, answer) is True
 
 
@@ -520,31 +430,46 @@ def is_bare_list(answer):
     return "," in answer and not re.search(r"[()[\]<>={]|\\(in|le|ge)(?!f)", answer)
 
 
-def is_right(completion, answer, styles=("boxed",)):
+def is_right(completion, answer, styles=("boxed",), *, judge_thoughts=False, opened=False):
     """Whether the completion's final answer is the gold one.
 
-    completion: any string; answer: the gold one; styles: see `extract_answer`.
+    completion: any string; answer: the gold one; the others: see `extract_answer`.
     It takes at most TIME_LIMIT, and some seconds more when a worker has to be started.
     Raises UserError where math-verify is needed and not installed, and nothing else.
     """
-    found = extract_answer(completion, styles)
+    global _undecided
+    found = extract_answer(completion, styles, judge_thoughts=judge_thoughts, opened=opened)
     if not found or len(found) > MAX_ANSWER:
         return False
-    return equal(found, answer)
+    try:
+        return equal(found, answer)
+    except Undecided:
+        with _lock:
+            _undecided += 1
+        return False
 
 
 def parses(answer):
-    """Whether an answer can serve as gold. If not, nothing could ever be judged equal to it."""
+    """Whether a gold is usable: the plain form in which a model would write it meets it.
+
+    The plain form of a number, with or without its unit, is the number; of a word the word, unless
+    it is a number ("forty two"); of an expression what the parser reads to the last character. A
+    number amid prose ("The answer is 2") must be met by the number alone.
+    """
     if not usable(answer):
         return False
-    answer, _ = split_unit(clean(answer))
-    if number(answer) is not None or WORDS.fullmatch(normalise(answer)):
+    text = normalise(answer)
+    value = split_unit(clean(answer)).value
+    if number(value) or all(choice(text)) or BASED.fullmatch(text):
         return True
-    if HOSTILE.search(answer):
+    if WORDS.fullmatch(text):
+        return not NUMBER_WORDS & set(text.lower().split())
+    if hostile(value):
         return False
-    if len(PROSE.findall(TEXT.sub(r" \1 ", answer))) > 5:  # to sympy, prose is a product of letters
-        return False
-    return ask(answer) is True
+    if PROSE.search(bare(value)):
+        numbers = re.findall("[0-9][0-9.,/]*", value)
+        return len(numbers) == 1 and settle(numbers[0], answer) is True
+    return ask(value) is True
 
 
 DEMO = (
