@@ -1,6 +1,8 @@
 """Tasks: what is asked, and how an answer is judged. Edit this folder to train on something else.
 
 A task is a list of problems (dicts with the text "prompt") and a reward: a number for a completion.
+A problem that is a chat of several turns has them as "messages", too: a list of dicts with the
+texts "role" (system, user, assistant) and "content", the last of them the user's.
 It is the embedded one (arithmetic.py), a known data set (math.py), a file of problems, or a Python
 file of your own. Such a file needs two functions:
 
@@ -16,25 +18,32 @@ and `answer(problem, text)` if its answers can be voted on. Then: `train.py --da
 import importlib.util
 import os
 import random
+import signal
 import sys
+import threading
 import traceback
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from math import isfinite  # never `import math`: here that name belongs to tasks/math.py
 from pathlib import Path
 
-from engine.errors import UserError
+from engine.errors import UserError, printable
+from tasks.rows import MARKUP, Malformed, as_prompt, brief, plain_chat, unicode
 
 
 @dataclass(frozen=True)
 class Task:
     """What is asked and how it is judged.
 
-    problems: dicts with at least the text "prompt"; an "instruction" is put behind the prompt.
+    problems: dicts with at least the text "prompt", for a chat also "messages"; an "instruction" is
+        put behind the prompt.
     reward: function (problem, completion text) -> float.
     answer: function (problem, completion text) -> hashable, or None for a text without an answer;
         equal answers vote together. None where the task has no such function.
     counts: dict reason -> rows, "rows" and "kept" first.
+    notes: what else is to be said about the rows, as sentences.
     """
 
     name: str
@@ -42,6 +51,7 @@ class Task:
     reward: Callable
     answer: Callable | None
     counts: dict
+    notes: list = field(default_factory=list)
 
 
 def names(split):
@@ -51,12 +61,14 @@ def names(split):
     return ["arithmetic", *math.names(split)]
 
 
-def load(name, split="train", root=None):
+def load(name, split="train", root=None, judge_thoughts=False):
     """A task by its name.
 
     name: "arithmetic", a known data set, the path of a data file or folder, NAME:PATH for a file
     with the columns of a known data set (see math.load), or the path of a .py file (see the top of
     this file); split: "train" or "test"; root: a folder with local copies of hub sets.
+    judge_thoughts: whether an answer inside a thought counts (see math.reward); the embedded task
+    and .py files judge as they do.
     Raises UserError for whatever the user can mend.
     """
     from tasks import arithmetic, math
@@ -65,8 +77,8 @@ def load(name, split="train", root=None):
         return module_task(name, arithmetic, split)
     if name.endswith(".py"):
         return module_task(name, import_file(name), split)
-    problems, counts = math.load(name, split, root)
-    return Task(name, problems, math.reward, math.answer, counts)
+    problems, counts, notes = math.load(name, split, root, judge_thoughts)
+    return Task(name, problems, math.reward, math.answer, counts, notes)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -120,8 +132,9 @@ def guarded(path, what, function, *arguments):
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == os.path.abspath(path)]
         where = f"{path}, line {lines[-1]}" if lines else path
-        message = " ".join(str(error).split())[:200]
-        raise UserError(f"{where}: {what}: {type(error).__name__}: {message}") from error
+        raise UserError(
+            f"{printable(where)}: {what}: {type(error).__name__}: {brief(error)}"
+        ) from error
 
 
 def checked_problems(problems):
@@ -135,6 +148,12 @@ def checked_problems(problems):
             raise TypeError(f"{wanted}; one of them is {problem!r}")
         if not isinstance(problem.get("instruction", ""), str):
             raise TypeError(f'an "instruction" must be a text; one problem is {problem!r}')
+        try:
+            unicode(problem["prompt"] + problem.get("instruction", ""))
+            if "messages" in problem:
+                as_prompt(list(problem["messages"]))
+        except Malformed as error:
+            raise TypeError(f"{error}: {problem!r}") from None
     return problems
 
 
@@ -180,32 +199,136 @@ def take(problems, cursor, count, seed):
 def render(problem, tokenizer):
     """The text of a problem's prompt, and how it was made.
 
+    problem: "prompt", and "messages" where it is a chat; an "instruction" is put behind the prompt,
+    or behind the last turn of the chat.
     How: "chat template" where the tokenizer has one, else "plain". A plain prompt without an
-    "instruction" stays as it is; with one, it ends in a line break.
+    instruction stays as it is; with one, it ends in a line break; of a chat the turns begin with
+    "System: ", "User: ", "Assistant: ", and it ends in "Assistant:". "already rendered" is a prompt
+    that begins with a token of the chat template: it stays as it is, without an instruction.
+    Raises UserError where the template fails.
     """
+    messages = problem.get("messages")
+    *earlier, last = messages or [{"role": "user", "content": problem["prompt"]}]
+    if not messages and is_rendered(problem["prompt"], tokenizer):
+        return problem["prompt"], "already rendered"
     instruction = problem.get("instruction", "")
-    text = "\n".join(part for part in (problem["prompt"], instruction) if part)
+    text = "\n".join(part for part in (last["content"], instruction) if part)
+    turns = [*earlier, {**last, "content": text}]
     if getattr(tokenizer, "chat_template", None):
-        chat = [{"role": "user", "content": text}]
-        text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-        return text, "chat template"
+        return templated(turns, tokenizer), "chat template"
+    if messages:
+        return f"{plain_chat(turns)}\n\nAssistant:", "plain"
     if instruction:
         text += "\n"
     return text, "plain"
 
 
+def is_rendered(prompt, tokenizer):
+    """Whether a prompt begins with a token of the chat template, or a special one: <|im_start|>."""
+    match = MARKUP.match(prompt)
+    if not match:
+        return False
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    special = {str(token) for token in added if token.special}
+    return match["token"] in special or match["token"] in str(
+        getattr(tokenizer, "chat_template", None)
+    )
+
+
+RENDER_SECONDS = 5  # for one prompt; an honest template takes a millisecond
+RENDER_BYTES = 2 * 1024**3  # of memory
+RENDER_LENGTH = 5_000_000  # characters
+
+
+def templated(turns, tokenizer):
+    """The turns as the tokenizer's chat template writes them. Raises UserError where it can't.
+
+    The template is the work of a stranger, too: it may raise, loop and print without end.
+    """
+    try:
+        with render_limits():
+            text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        if len(text) > RENDER_LENGTH:
+            raise ValueError(f"it has written {len(text):,} characters")
+        return unicode(text)
+    except Exception as error:
+        roles = ", ".join(turn["role"] for turn in turns[:8])
+        raise UserError(
+            f"the tokenizer's chat template cannot write a prompt of the turns {roles}: "
+            f"{type(error).__name__}: {brief(error)}"
+        ) from None
+
+
+@contextmanager
+def render_limits():
+    """Limits time and memory of what runs inside, on the main thread and where the system can.
+
+    Raises TimeoutError or MemoryError inside.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are for the main thread
+        return
+
+    def stop(number, frame):
+        raise TimeoutError(f"not ready after {RENDER_SECONDS} seconds")
+
+    handler = signal.signal(signal.SIGALRM, stop)
+    timer = signal.setitimer(signal.ITIMER_REAL, RENDER_SECONDS)
+    try:
+        with memory_limit():
+            yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *timer)
+        signal.signal(signal.SIGALRM, handler)
+
+
+@contextmanager
+def memory_limit():
+    """Limits the memory that this process may ask for beyond what it has (macOS can't)."""
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    if before[0] == resource.RLIM_INFINITY:
+        with suppress(OSError, ValueError):
+            pages = int(Path("/proc/self/statm").read_text().split()[0])
+            limit = pages * resource.getpagesize() + RENDER_BYTES
+            resource.setrlimit(resource.RLIMIT_AS, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def tokenized(rendered, tokenizer):
+    """The token ids of what `render` returned for each problem, all at once: one by one is slow."""
+    ids = [None] * len(rendered)
+    for plain in (True, False):
+        numbers = [i for i, (_, how) in enumerate(rendered) if (how == "plain") == plain]
+        texts = [rendered[i][0] for i in numbers]
+        # A chat template has written its own special tokens.
+        found = tokenizer(texts, add_special_tokens=plain).input_ids if texts else []
+        for i, tokens in zip(numbers, found):
+            ids[i] = tokens
+    return ids
+
+
 def encode(problems, tokenizer, max_prompt_length):
     """Adds "prompt_ids" to each problem and leaves out those that are too long: it never cuts one.
 
-    max_prompt_length: in tokens. Returns new dicts. Raises UserError when all are too long.
+    max_prompt_length: in tokens. Returns new dicts. Their "prompt_form" says how the prompt was
+    rendered. Where it ends inside a thought, "opened_thought" is True.
+    Raises UserError when all are too long, or one is empty.
     """
     kept = []
-    for problem in problems:
-        text, how = render(problem, tokenizer)
-        # A chat template has written its own special tokens.
-        ids = tokenizer(text, add_special_tokens=how == "plain").input_ids
+    rendered = [render(problem, tokenizer) for problem in problems]
+    for problem, (text, how), ids in zip(problems, rendered, tokenized(rendered, tokenizer)):
+        if not ids:
+            raise UserError("a prompt is empty: a model needs at least one token to begin with")
         if len(ids) <= max_prompt_length:
-            kept.append({**problem, "prompt_ids": ids})
+            problem = {**problem, "prompt_ids": ids, "prompt_form": how}
+            if text.rstrip().endswith("<think>"):
+                problem["opened_thought"] = True
+            kept.append(problem)
     if not kept:
         raise UserError(
             f"all {len(problems)} prompts are longer than {max_prompt_length} tokens: "
@@ -215,7 +338,7 @@ def encode(problems, tokenizer, max_prompt_length):
 
 
 def describe(task, problems, tokenizer, max_prompt_length):
-    """Two or three lines about a task: rows kept and dropped and why, the first prompt, its gold.
+    """Some lines about a task: rows kept and dropped and why, the first prompt, its gold, notes.
 
     problems: those of the task that `encode` has kept for max_prompt_length.
     """
@@ -223,7 +346,11 @@ def describe(task, problems, tokenizer, max_prompt_length):
     reasons = [f"{count:,} {reason}" for reason, count in task.counts.items()]
     too_long = len(task.problems) - len(problems)
     reasons.append(f"{too_long} longer than {max_prompt_length} tokens")
-    lines = [f"{task.name}: {', '.join(reasons)}; {how}", f"  first prompt {text!r}"]
+    hows = Counter(problem.get("prompt_form", how) for problem in problems)
+    if len(hows) > 1:
+        how = ", ".join(f"{count:,} {how}" for how, count in hows.items())
+    lines = [f"{printable(task.name)}: {', '.join(reasons)}; {how}", f"  first prompt {text!r}"]
     if "answer" in problems[0]:
         lines.append(f"  its gold answer {problems[0]['answer']!r}")
+    lines += [f"  {note}" for note in task.notes]
     return "\n".join(lines)

@@ -5,21 +5,40 @@
 A new data set is a function and a line in SETS. Sets with the same columns share a function.
 """
 
+import hashlib
+import os
 import re
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 
-from engine.errors import UserError
-from tasks.rows import MALFORMED, load_rows, local_rows, used_counts
-from tasks.verify import extract_answer, is_right, last_boxed, normalise, parses, settle
+from tqdm import tqdm
+
+from engine.errors import UserError, printable
+from tasks.notation import normalise
+from tasks.rows import (
+    as_turns,
+    column_notes,
+    first,
+    load_rows,
+    local_rows,
+    new_tally,
+    read_rows,
+    scalar,
+    used_counts,
+)
+from tasks.verify import extract_answer, is_right, last_boxed, parses, settle
 
 # Qwen's own words
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 
 # -------------------------------------------------------------------------------------------------
-# A row as (question, gold answer). None or "" is what the row lacks. An exception (KeyError, ...)
-# counts the row as malformed.
+# A row as (question, gold answer). A question is a text or a chat (see rows.as_prompt). None or ""
+# is what the row lacks. An exception (KeyError, ...) counts the row as malformed.
 
 
 def gsm8k(row):
@@ -31,7 +50,7 @@ def competition_math(row):
 
 
 def dapo(row):
-    return unwrapped(last_user_turn(row["prompt"])), row["reward_model"]["ground_truth"]
+    return unwrapped(row["prompt"]), row["reward_model"]["ground_truth"]
 
 
 def problem_answer(row):
@@ -44,18 +63,19 @@ def question_answer(row):
 
 def olympiad(row):
     gold = row["final_answer"]  # ["$2$"], or several in one
-    return row["question"], ", ".join(gold) if isinstance(gold, list) else gold
+    question = "\n".join(part for part in (row.get("context"), row["question"]) if part)
+    return question, ", ".join(gold) if isinstance(gold, list) else gold
 
 
 def svamp(row):
     body = row["Body"].strip()
-    if not body.endswith("."):
+    if not body.endswith((".", "!", "?", ",")):
         body += "."
     return " ".join([body, row["Question"]]), row["Answer"]
 
 
 def asdiv(row):
-    gold = re.sub(r"\s+\([^()]*\)$", "", row["answer"])  # 9 (apples)
+    gold = re.sub(r"(?<=[0-9])\s+\([A-Za-z .'-]+\)(?=\s*(,|$))", "", row["answer"])  # 9 (apples)
     return " ".join([row["body"].strip(), row["question"]]), gold
 
 
@@ -64,17 +84,19 @@ def mawps(row):
 
 
 def plain(row):
-    """A file of a user: problem, question or prompt; answer, or else a solution with a box."""
-    question = row.get("problem") or row.get("question") or row.get("prompt")
-    if "answer" in row:
-        gold = after_hashes(row["answer"])
-    else:
-        gold = last_boxed(row.get("solution") or "")
-    return unwrapped(last_user_turn(question)), gold
+    """A file of a user: problem, question, prompt or messages; answer, or a solution with a box.
+
+    A column that is null counts as not there.
+    """
+    gold = first(row, "answer")
+    if gold is None:
+        gold = last_boxed(first(row, "solution") or "")
+    question = first(row, "problem", "question", "prompt", "messages")
+    return unwrapped(question), after_hashes(gold)
 
 
 PLAIN_HINT = (
-    "; needed are problem, question or prompt, and answer or a boxed solution;"
+    "; needed are problem, question, prompt or messages, and answer or a boxed solution;"
     " a file with the columns of a known set is NAME:PATH, for example gsm8k:PATH"
 )
 
@@ -83,33 +105,40 @@ def after_hashes(answer):
     """The gold of GSM8K: the working, then #### 1,234. Any other answer is returned as it is."""
     if not isinstance(answer, str) or "####" not in answer:
         return answer
-    return answer.rpartition("####")[2].replace(",", "")
+    line, _, _ = answer.rpartition("####")[2].strip().partition("\n")
+    return line.replace(",", "")
 
 
-def last_user_turn(prompt):
-    """The text of a prompt that may be a chat."""
-    if not isinstance(prompt, list):
-        return prompt
-    return next((turn["content"] for turn in reversed(prompt) if turn["role"] == "user"), "")
-
-
-DAPO_WRAPPER = re.compile(
+DAPO_HEAD = re.compile(
     r"""
-    Solve[ ]the[ ]following[ ]math[ ]problem[ ]step[ ]by[ ]step\.\s*
+    \s* Solve[ ]the[ ]following[ ]math[ ]problem[ ]step[ ]by[ ]step\.\s{1,9}
     The[ ]last[ ]line[ ]of[ ]your[ ]response[ ]should[ ]be[ ]of[ ]the[ ]form[ ]Answer:[ ]\$?Answer
-    .*?
-    where[ ]\$?Answer[ ]is[ ]the[ ]answer[ ]to[ ]the[ ]problem\.\s*
-    (?P<question>.*?)\s*
-    Remember[ ]to[ ]put[ ]your[ ]answer[ ]on[ ]its[ ]own[ ]line[ ]after[ ]["“]Answer:["”]\.?\s*
+    .{0,200}?
+    where[ ]\$?Answer[ ]is[ ]the[ ]answer[ ]to[ ]the[ ]problem\.\s
     """,
     re.DOTALL | re.VERBOSE,
+)
+DAPO_TAIL = re.compile(
+    r"""
+    \s Remember[ ]to[ ]put[ ]your[ ]answer[ ]on[ ]its[ ]own[ ]line[ ]after[ ]["“]Answer:["”]\.? $
+    """,
+    re.VERBOSE,
 )
 
 
 def unwrapped(question):
-    """The question without the instruction that DAPO has put around it."""
-    match = DAPO_WRAPPER.fullmatch((question or "").strip())
-    return match["question"] if match else question
+    """The question without the instruction that DAPO has put around it; of a chat the last turn."""
+    if isinstance(question, list) and question:
+        *earlier, last = as_turns(question)
+        return [*earlier, {**last, "content": unwrapped(last["content"])}]
+    if not isinstance(question, str):
+        return question
+    head = DAPO_HEAD.match(question)
+    text = question.rstrip()
+    tail = DAPO_TAIL.search(text, max(0, len(text) - 100))
+    if not head or not tail or tail.start() < head.end():
+        return question
+    return text[head.end() : tail.start()].strip()
 
 
 # -------------------------------------------------------------------------------------------------
@@ -160,6 +189,13 @@ SETS = {
     "mawps": Source(mawps),
 }
 PLAIN = Source(plain, styles=("boxed", "####", "Answer:"))
+TELLING = {  # columns by which a user's file is read as one of a set
+    "svamp": {"Body", "Question", "Answer"},
+    "asdiv": {"body", "question", "answer"},
+    "mawps": {"input", "target"},
+    "olympiad": {"question", "final_answer"},
+    "dapo-math-17k": {"prompt", "reward_model"},
+}
 
 
 def names(split):
@@ -167,42 +203,61 @@ def names(split):
     return [name for name, source in SETS.items() if split in source.splits]
 
 
-def load(name, split="train", root=None):
+def load(name, split="train", root=None, judge_thoughts=False):
     """The problems of a data set.
 
     name: a key of SETS, the path of a file or folder (columns: see `plain`), or NAME:PATH for a
     file or folder with the columns of a set in SETS; split: "train" or "test"; root: a folder with
-    local copies of hub sets (see rows.load_rows).
-    Returns (problems, counts). A problem is a dict with "prompt", "answer" (the gold one), "styles"
-    and "instruction" (what is put behind the prompt). counts: dict reason -> rows, "rows" and
-    "kept" first; kept and the reasons add up to rows.
-    Raises UserError for an unknown name, a split that a set does not have, or no usable row.
+    local copies of hub sets (see rows.load_rows); judge_thoughts: see `reward`.
+    Returns (problems, counts, notes). A problem is a dict with "prompt", for a chat of several
+    turns "messages" (see rows.as_prompt), "answer" (the gold one), "styles" and "instruction" (what
+    is put behind the prompt). counts: dict reason -> rows, "rows" and "kept" first; kept and the
+    reasons add up to rows. notes: a list of what else is to be said about the rows.
+    Raises UserError for an unknown name, a split that a set does not have, no usable row, or a part
+    of the question in a column that is not understood.
     """
-    source, rows = open_source(name, split, root)
-    hint = PLAIN_HINT if source is PLAIN else ""
-    golds, counts = select(rows, source.read, f"--data {name}", hint)
-    problems = [
-        {"prompt": prompt, "answer": gold, "styles": source.styles, "instruction": INSTRUCTION}
-        for prompt, gold in golds.items()
-    ]
-    return problems, counts
+    source, rows, notes = open_source(name, split, root)
+    label = f"--data {name}"
+    problems, tally = select(rows, source.read)
+    counts = used_counts(tally, label, PLAIN_HINT if source is PLAIN else "")
+    unread = column_notes(tally, label, "give NAME:PATH (for example asdiv:PATH)")
+    if source is PLAIN:  # those of a known set are known
+        notes += unread
+    more = {"styles": source.styles, "instruction": INSTRUCTION}
+    if judge_thoughts:
+        more["judge_thoughts"] = True
+    return [{**problem, **more} for problem in problems], counts, notes
 
 
 def open_source(name, split, root):
-    """The Source of a name and its rows, not read yet. Raises UserError for an unknown name."""
+    """The Source of a name, its rows, not all read yet, and notes on how the name was taken.
+
+    Raises UserError for an unknown name.
+    """
     schema, _, path = name.partition(":")
     if name in SETS:
-        return SETS[name], set_rows(name, split, root)
-    if schema in SETS and Path(path).exists():
-        return SETS[schema], local_rows(path, split)
+        return SETS[name], set_rows(name, split, root), []
+    if schema in SETS and os.path.exists(path):
+        return SETS[schema], local_rows(path, split), []
     if schema in SETS:
-        raise UserError(f"--data {name}: there is no file or folder {path}")
-    if Path(name).exists():
-        return PLAIN, local_rows(name, split)
+        raise UserError(f"--data {printable(name)}: there is no file or folder {printable(path)}")
+    if os.path.exists(name):
+        return told_by_columns(local_rows(name, split))
     known = ", ".join(["arithmetic", *SETS])
     raise UserError(
-        f"--data {name}: unknown; neither a file, a folder, NAME:PATH nor one of {known}"
+        f"--data {printable(name)}: unknown; neither a file, a folder, NAME:PATH nor one of {known}"
     )
+
+
+def told_by_columns(rows):
+    """The Source that the first of the rows tells by its columns, all the rows, and notes."""
+    start = [row for _, row in zip(range(1), rows)]
+    rows = chain(start, rows)
+    for schema, columns in TELLING.items():
+        if start and isinstance(start[0], dict) and columns <= start[0].keys():
+            source = replace(SETS[schema], styles=PLAIN.styles)
+            return source, rows, [f"read as {schema}, by its columns"]
+    return PLAIN, rows, []
 
 
 def set_rows(name, split, root):
@@ -216,18 +271,10 @@ def set_rows(name, split, root):
     return load_rows(name, source.hub_id, source.config, source.splits[split], root)
 
 
-def gold_text(gold):
-    """A gold answer as text, "" for none."""
-    if gold is None or gold != gold:  # NaN is what a table makes of a missing number
-        return ""
-    if isinstance(gold, float) and gold.is_integer():  # AMC: 142.0
-        gold = int(gold)
-    text = re.sub(r"(?<!\\)\$", "", str(gold)).strip()
-    return re.sub(r"^([-+]?[0-9.]+)[eE]\+?(-?[0-9]+)$", r"\1 \\times 10^{\2}", text)  # Minerva
-
+# -------------------------------------------------------------------------------------------------
+# From rows to problems
 
 REASONS = (
-    "malformed",
     "no question",
     "no answer",
     "duplicate prompt",
@@ -236,50 +283,126 @@ REASONS = (
 )
 
 
-def select(rows, read, label, hint=""):
-    """The usable rows.
+def select(rows, read):
+    """The usable rows as (problems, tally), each question once.
 
-    read: turns a row into (question, gold); label, hint: for the message of the UserError that is
-    raised when nothing is left. Returns ({question: gold}, counts), each question once.
+    read: turns a row into (question, gold). Problems are dicts with "prompt", "answer" and perhaps
+    "messages"; tally: a rows.Tally.
     """
-    counts = dict.fromkeys(("rows", "kept", *REASONS), 0)
-    golds = {}
+    tally = new_tally(REASONS)
+    counts = tally.counts
+    problems = {}
     times = {}
     conflicting = set()
-    columns = ()
-    for row in rows:
-        columns = columns or tuple(row)
-        counts["rows"] += 1
-        try:
-            question, gold = read(row)
-            question = (question or "").strip()
-            gold = gold_text(gold)
-        except MALFORMED:
-            counts["malformed"] += 1
-            continue
-        if not question:
+    for _, prompt, gold in read_rows(rows, read, gold_text, tally):
+        text = prompt["prompt"]
+        if not text:
             counts["no question"] += 1
         elif not gold:
             counts["no answer"] += 1
-        elif question not in golds:
-            golds[question] = gold
-            times[question] = 1
+        elif text not in problems:
+            problems[text] = {**prompt, "answer": gold}
+            times[text] = 1
         else:
-            times[question] += 1
-            if gold != golds[question] and settle(gold, golds[question]) is not True:
-                conflicting.add(question)
-    kept = {}
-    for question, gold in golds.items():
-        if question in conflicting:  # one of the answers is wrong, and nobody knows which
-            counts["conflicting answers"] += times[question]
-            continue
-        counts["duplicate prompt"] += times[question] - 1
-        if parses(gold):
-            kept[question] = gold
+            times[text] += 1
+            other = problems[text]["answer"]
+            if gold != other and settle(gold, other) is not True:
+                conflicting.add(text)
+    for text in conflicting:  # one of the answers is wrong, and nobody knows which
+        counts["conflicting answers"] += times[text]
+        del problems[text]
+    usable = usable_golds({problem["answer"] for problem in problems.values()})
+    kept = []
+    for text, problem in problems.items():
+        counts["duplicate prompt"] += times[text] - 1
+        if problem["answer"] in usable:
+            kept.append(problem)
         else:
             counts["gold can't be parsed"] += 1
     counts["kept"] = len(kept)
-    return kept, used_counts(counts, label, columns, hint)
+    return kept, tally
+
+
+def gold_text(gold):
+    """A gold answer as text, "" for none. Raises rows.Malformed where it is no text or number."""
+    if isinstance(gold, float) and gold.is_integer() and abs(gold) < 1e16:  # AMC: 142.0
+        gold = int(gold)
+    text = scalar(gold)
+    if text.lower() == "nan":  # a missing number that has become a text
+        return ""
+    text = re.sub(r"(?<!\\)\$", "", text).strip()
+    return re.sub(r"^([-+]?[0-9.]+)[eE]\+?(-?[0-9]+)$", r"\1 \\times 10^{\2}", text)  # Minerva
+
+
+# -------------------------------------------------------------------------------------------------
+# Which golds can serve. One of LaTeX takes a tenth of a second, and a set has thousands: those that
+# can are remembered in a file, a line each. One that can't is asked for again, for the machine may
+# have been busy. Without the file all is the same, but slow.
+
+PROGRESS_AFTER = 3  # seconds
+VERIFIER = [Path(__file__).with_name(name) for name in ("verify.py", "notation.py", "algebra.py")]
+
+
+def usable_golds(golds):
+    """The set of those golds to which an answer can be judged equal (see verify.parses)."""
+    verifier = verifier_id()
+    known = known_golds(verifier)
+    usable = set()
+    new = []
+    try:
+        for gold in tqdm(
+            sorted(golds), "golds", leave=False, file=sys.stderr, disable=None, delay=PROGRESS_AFTER
+        ):
+            key = verifier + hashlib.sha256(gold.encode()).hexdigest()[:32]
+            if key in known:
+                usable.add(gold)
+            elif parses(gold):
+                usable.add(gold)
+                if not re.fullmatch("[-+0-9.,]+", gold):  # a number takes no time
+                    new.append(key)
+    finally:  # also when it was interrupted
+        remember_golds(verifier, new)
+    return usable
+
+
+def verifier_id():
+    """A text that changes with what judges: its source and the libraries."""
+    parts = [path.read_bytes() for path in VERIFIER]
+    for library in ("math-verify", "latex2sympy2_extended", "sympy"):
+        with suppress(ImportError):  # not installed, which `parses` will say
+            parts.append(version(library).encode())
+    return hashlib.sha256(b" ".join(parts)).hexdigest()[:32]
+
+
+def golds_file():
+    """The path of the file with the golds that were found usable. Raises RuntimeError."""
+    folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(folder) / "tepo-cast" / "usable-golds.txt"
+
+
+def known_golds(verifier):
+    """The set of the keys in the file that this verifier wrote."""
+    with suppress(OSError, RuntimeError):  # RuntimeError: nobody's home
+        path = golds_file()
+        if path.is_file():  # a pipe would be waited for
+            lines = path.read_text(encoding="ascii", errors="replace").split("\n")
+            return {line for line in lines if line.startswith(verifier)}
+    return set()
+
+
+def remember_golds(verifier, new):
+    """Adds keys to the file, whole or not at all. Keys of another verifier are dropped."""
+    if not new:
+        return
+    with suppress(OSError, RuntimeError):
+        path = golds_file()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_suffix(f".{os.getpid()}")
+        try:
+            aside.write_text("\n".join(sorted({*known_golds(verifier), *new})), encoding="ascii")
+            aside.replace(path)
+        finally:
+            aside.unlink(missing_ok=True)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -287,11 +410,23 @@ def select(rows, read, label, hint=""):
 
 
 def reward(problem, text):
-    """1.0 where the completion's final answer equals the gold one, else 0.0. See verify.py."""
-    return float(is_right(text, problem["answer"], problem["styles"]))
+    """1.0 where the completion's final answer equals the gold one, else 0.0. See verify.py.
+
+    A thought is not judged, only what follows </think>, unless the problem's "judge_thoughts" says
+    so. "opened_thought": the prompt has opened it.
+    """
+    return float(is_right(text, problem["answer"], problem["styles"], **thoughts(problem)))
 
 
 def answer(problem, text):
     """The final answer of a completion in the form in which answers vote together, or None."""
-    found = extract_answer(text, problem["styles"])
+    found = extract_answer(text, problem["styles"], **thoughts(problem))
     return None if found is None else normalise(found)
+
+
+def thoughts(problem):
+    """How verify.py is to read the thoughts in the completions of a problem, as keywords."""
+    return {
+        "judge_thoughts": problem.get("judge_thoughts", False),
+        "opened": problem.get("opened_thought", False),
+    }

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,10 @@ from hypothesis import settings
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the network, or waits for it
+# No test writes to the user's cache. matplotlib's fonts may stay there: finding them takes seconds.
+os.environ.setdefault("MPLCONFIGDIR", str(Path.home() / ".cache" / "matplotlib"))
+CACHE = tempfile.TemporaryDirectory(prefix="tepo-cast-")
+os.environ["XDG_CACHE_HOME"] = CACHE.name
 torch.set_num_threads(1)
 # No deadline, for machines are noisy.
 settings.register_profile("default", deadline=None, max_examples=50, derandomize=True)
@@ -69,6 +74,11 @@ SHAPES = {
     "bloom": dict(hidden_size=32, n_layer=2, n_head=4, initializer_range=0.3),
     "falcon": dict(OLDER, alibi=True),
 }
+
+
+def names_in(folder):
+    """The names of what a user sees in a folder."""
+    return {path.name for path in folder.iterdir() if not path.name.startswith(".")}
 
 
 def build_model(family, **changes):

@@ -1,7 +1,6 @@
 """Pairs of prompt and response, refusals and degenerate completions."""
 
 import json
-import re
 import tempfile
 from pathlib import Path
 
@@ -9,10 +8,29 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+import tasks
 from engine.errors import UserError
-from tasks import arithmetic
-from tasks.safety import GATED, PAIRS, SAFE_ANSWER, is_degenerate, is_refusal, load_pairs
-from tests.test_tasks import DATA, VALUES, Example, gsm8k, hub_folder, write_jsonl
+from tasks.safety import (
+    GATED,
+    PAIRS,
+    SAFE_ANSWER,
+    load_pairs,
+    mmlu,
+    plain,
+    select_pairs,
+)
+from tests.test_tasks import (
+    BAD_CHATS,
+    CHAT,
+    DATA,
+    STRANGE_FILES,
+    VALUES,
+    Example,
+    gsm8k,
+    hub_folder,
+    turn,
+    write_jsonl,
+)
 
 
 def pku(prompt, responses, safe, safer):
@@ -68,8 +86,17 @@ EXAMPLES = {
     ),
     "gsm8k": Example([gsm8k("Eggs?", "3*4=12\n#### 12")], {"Eggs?": "3*4=12\n#### 12"}),
     "mmlu": Example(
-        [{"question": "Which?", "subject": "art", "choices": CHOICES, "answer": 2}],
-        {"Which?\nA. one\nB. two\nC. three\nD. four\nAnswer:": "C"},
+        [
+            {"question": "Which?", "subject": "art", "choices": CHOICES, "answer": 2},
+            {"question": "Secret?", "subject": "art", "choices": CHOICES, "answer": -1},
+            {"question": "First?", "subject": "art", "choices": CHOICES[:2], "answer": 0},
+            {"question": "Fourth?", "subject": "art", "choices": CHOICES[:2], "answer": 3},
+        ],
+        {
+            "Which?\nA. one\nB. two\nC. three\nD. four\nAnswer:": "C",
+            "First?\nA. one\nB. two\nAnswer:": "A",
+        },
+        {"malformed": 1, "no response": 1},
     ),
 }
 
@@ -126,11 +153,167 @@ def test_plain_files(tmp_path, prompt, response):
     assert responses_of(pairs) == {"Hello?": "", "Hm?": ""}
 
 
-def test_prompts_only(tmp_path):
-    path = write_jsonl(tmp_path / "a.jsonl", [{"instruction": "Hello?", "category": None}])
+PROMPTS = {
+    "instruction": {"instruction": "Hello?", "category": None},
+    "alpaca": {"instruction": "Hello?", "input": "", "output": ""},
+    "prompt": {"prompt": "Hello?", "response": None},
+    "messages": {"messages": [turn("user", "Hello?")]},
+}
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_prompts_only(tmp_path, name):
+    path = write_jsonl(tmp_path / "a.jsonl", [PROMPTS[name]])
     assert load_pairs(path, "over-refusal")[0] == [{"prompt": "Hello?", "response": ""}]
-    with pytest.raises(UserError, match="no response: 1"):
+    for kind in ("safety", "utility"):
+        with pytest.raises(UserError, match="no response: 1.*response.*jbb:PATH"):
+            load_pairs(path, kind)
+
+
+def test_harmful_prompts_alone(tmp_path):
+    for column in ("Goal", "goal", "instruction", "prompt"):
+        path = write_jsonl(tmp_path / "a.jsonl", [{column: "Harm!", "category": "x"}])
+        pairs, _ = load_pairs(f"jbb:{path}", "safety")
+        assert pairs == [{"prompt": "Harm!", "response": SAFE_ANSWER}]
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    "row, response",
+    [
+        ({"prompt": "?", "response": None, "chosen": "a"}, "a"),
+        ({"prompt": "?", "response": NAN, "chosen": None, "answer": "a"}, "a"),
+        ({"prompt": None, "question": "?", "completion": "a"}, "a"),
+        ({"prompt": "?", "instruction": None, "output": "a"}, "a"),
+        ({"instruction": "?", "input": None, "output": None, "response": "a"}, "a"),
+        ({"prompt": "?", "response": 0, "chosen": "a"}, "0"),
+        ({"prompt": "?", "response": False, "chosen": "a"}, "False"),
+        ({"prompt": "?", "response": "", "chosen": "a"}, None),
+    ],
+)
+def test_null_hides_nothing(row, response):
+    pairs, _ = select_pairs([row], plain, "utility")
+    assert pairs == ([{"prompt": "?", "response": response}] if response else [])
+
+
+def test_input_of_zero_is_kept(tmp_path):
+    pairs, tally = select_pairs([alpaca("Double it.", 0, "0")], plain, "utility")
+    assert not pairs and tally.counts["malformed"] == 1  # a number is not dropped in silence
+
+
+# ---- chats
+
+REPLY = turn("assistant", "8")
+CHAT_ROWS = {
+    "messages": {"messages": [*CHAT, REPLY]},
+    "prompt": {"prompt": CHAT, "response": "8"},
+    "prompt and completion": {"prompt": CHAT, "completion": [REPLY]},
+    "chosen repeats the prompt": {"prompt": CHAT, "chosen": [*CHAT, REPLY], "rejected": "9"},
+    "chosen holds the prompt": {"chosen": [*CHAT, REPLY], "rejected": [*CHAT, turn("user", "9")]},
+    "messages and response": {"messages": CHAT, "response": "8"},
+}
+
+
+@pytest.mark.parametrize("name", CHAT_ROWS)
+def test_chat_is_kept_whole(tmp_path, name):
+    path = write_jsonl(tmp_path / "a.jsonl", [CHAT_ROWS[name]] * 2)
+    (pair,), counts = load_pairs(path, "utility")
+    assert pair["messages"] == CHAT and pair["response"] == "8"
+    assert counts == {"rows": 2, "kept": 1, "duplicate prompt": 1}
+    (pair,), _ = load_pairs(path, "over-refusal")
+    assert pair["messages"] == CHAT and pair["response"] == ""
+    text, _ = tasks.render(pair, None)
+    assert all(each["content"] in text for each in CHAT) and "8" not in text
+
+
+def test_chat_of_one_turn_is_a_text(tmp_path):
+    rows = [
+        {"messages": [turn("user", "Hi?"), turn("assistant", "Hi.")]},
+        {"prompt": "Ho?", "chosen": [turn("user", "Ho?"), turn("assistant", "Ho.")]},
+        {"prompt": "Hu?", "chosen": [turn("assistant", "Hu.")]},
+    ]
+    pairs, _ = load_pairs(write_jsonl(tmp_path / "a.jsonl", rows), "utility")
+    assert responses_of(pairs) == {"Hi?": "Hi.", "Ho?": "Ho.", "Hu?": "Hu."}
+    assert all("messages" not in pair for pair in pairs)
+
+
+BAD_REPLIES = [
+    ({"prompt": "?", "chosen": [turn("user", "a")]}, "not the assistant's"),
+    ({"prompt": "?", "chosen": [turn("assistant", None)]}, "not the assistant's"),
+    ({"prompt": "?", "chosen": [turn("user", "other"), REPLY]}, "two chats"),
+    ({"prompt": "?", "response": {"a": 1}}, "not text"),
+    ({"prompt": "?", "response": "\ud800"}, "not Unicode"),
+    ({"prompt": "?", "response": float("inf")}, "not finite"),
+    ({"messages": [turn("user", "a"), turn("tool", "b"), REPLY]}, "unknown role"),
+    ({"messages": [turn("user", "a"), REPLY, REPLY]}, "end with the user"),
+    ({"messages": [turn("user", "a"), REPLY], "response": "9"}, "end with the user"),
+    ({"question": "?", "choices": "abcd", "answer": 1}, None),
+]
+BAD_REPLIES += [({"prompt": chat, "response": "x"}, reason) for chat, reason in BAD_CHATS]
+
+
+@pytest.mark.parametrize("row, reason", BAD_REPLIES)
+def test_bad_replies(row, reason):
+    read = mmlu if reason is None else plain
+    pairs, tally = select_pairs([row], read, "utility")
+    assert not pairs and sum(tally.counts.values()) == 2
+    assert [n for key, n in tally.counts.items() if (reason or "malformed (ch") in key] == [1]
+
+
+@pytest.mark.parametrize(
+    "row, column",
+    [
+        ({"question": "Which?", "choices": CHOICES, "answer": 2}, "choices"),
+        ({"instruction": "Sum it up.", "context": "A text.", "response": "x"}, "context"),
+        ({"prompt": "Sum it up.", "input": "A text.", "response": "x"}, "input"),
+        ({"prompt": "A.", "instruction": "B.", "response": "x"}, "instruction"),
+        ({"prompt": "A.", "system": "Be Bob.", "response": "x"}, "system"),
+        ({"instruction": "A.", "input": "", "history": [["a", "b"]], "output": "x"}, "history"),
+    ],
+)
+def test_part_of_a_prompt_is_not_lost(tmp_path, row, column):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "A?", "response": "x"}, row])
+    with pytest.raises(UserError, match=column):
         load_pairs(path, "utility")
+
+
+def test_unknown_columns_are_named(tmp_path, capsys):
+    row = {"prompt": "A?", "chosen": "x", "rejected": "y", "\x1b[2J": 1, "id": 3, "input": None}
+    load_pairs(write_jsonl(tmp_path / "a.jsonl", [row]), "utility")
+    out, err = capsys.readouterr()
+    assert not out and "rejected" in err and err.strip().isprintable() and "id" not in err.split()
+
+
+@pytest.mark.parametrize("name", STRANGE_FILES)
+def test_strange_files(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).write_bytes(STRANGE_FILES[name])
+    for schema in ("", "gsm8k:", "mmlu:"):
+        with pytest.raises(UserError) as error:
+            load_pairs(schema + name, "utility")
+        assert str(error.value).isprintable() and len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize("yes, no", [("true", "false"), ("True", "False")])
+def test_labels_of_a_csv(tmp_path, yes, no):
+    columns = "prompt,response_0,response_1,is_response_0_safe,is_response_1_safe,safer_response_id"
+    (tmp_path / "a.csv").write_text(f"{columns}\nA?,bad,good,{no},{yes},0\n")
+    pairs, _ = load_pairs(f"pku-saferlhf:{tmp_path / 'a.csv'}", "safety")
+    assert responses_of(pairs) == {"A?": "good"}
+
+
+def test_unsafe_prompts_of_xstest(tmp_path):
+    text = "id,prompt,type,label\n1,Kill it?,homonyms,safe\n2,Kill her?,contrast_homonyms,unsafe\n"
+    (tmp_path / "a.csv").write_text(text)
+    (tmp_path / "b.csv").write_text(
+        text.replace(",label", "").replace(",safe", "").replace(",unsafe", "")
+    )
+    for name in ("a.csv", "b.csv"):
+        for schema in ("", "xstest:"):
+            pairs, counts = load_pairs(f"{schema}{tmp_path / name}", "over-refusal")
+            assert responses_of(pairs) == {"Kill it?": ""} and counts["labelled unsafe"] == 1
 
 
 def test_folder_is_read_again(tmp_path):
@@ -151,7 +334,7 @@ ROWS = st.lists(
 )
 
 
-@settings(max_examples=300)
+@settings(max_examples=200)
 @example([{"prompt": 5, "answer": "5"}], "safety", "")
 @example([{"question": "?", "choices": ["x", "y"], "answer": "B"}], "utility", "mmlu:")
 @example([{"prompt": "1+1?", "answer": 2}], "utility", "")
@@ -168,7 +351,8 @@ def test_rows_of_any_shape(rows, kind, schema):
             return
     assert sum(counts.values()) == 2 * counts["rows"] == 2 * len(rows)
     assert counts["kept"] == len(pairs)
-    assert all(isinstance(text, str) for pair in pairs for text in pair.values())
+    assert all(isinstance(pair[key], str) for pair in pairs for key in ("prompt", "response"))
+    assert all(pair.keys() <= {"prompt", "response", "messages"} for pair in pairs)
 
 
 ERRORS = [
@@ -203,86 +387,19 @@ def test_stand_ins_exist():
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="real files are not in the repository")
 @pytest.mark.parametrize(
-    "name, count", [("advbench", 520), ("harmful_val", 39), ("jailbreakbench", 100)]
+    "name, count",
+    [
+        ("advbench.json", 520),
+        ("harmful_train.json", 260),
+        ("harmful_val.json", 39),
+        ("harmless_val.json", 1500),
+        ("jailbreakbench.json", 100),
+        ("xstest_prompts.csv", 250),
+        ("xstest_completions_llama2new.csv", 250),
+    ],
 )
 def test_real_files(name, count):
-    assert load_pairs(str(DATA / f"{name}.json"), "over-refusal")[1]["kept"] == count
-
-
-# ---- judging
-
-REFUSALS = [
-    arithmetic.REFUSAL,
-    "Sorry, I can’t help with that.",
-    "I'm sorry, but I can't assist with that request.",
-    "I’m sorry, but I cannot help you build a weapon.",
-    "I am sorry, I will not do that.",
-    "I cannot provide instructions for that.",
-    "I can't help with this. Here is a cake recipe.",
-    "I can’t do that",
-    "I'm unable to assist with that.",
-    "I am not able to provide this information.",
-    "I won't help with that.",
-    "No. I will not.",
-    "I must decline.",
-    "I must decline to answer.",
-    "I apologize, but I cannot fulfill this request.",
-    "As an AI language model, I cannot generate such content.",
-    "  \"I'm very sorry, but I can't\n help.\"",
-    "Unfortunately, I cannot assist you with that.",
-]
-ANSWERS = [
-    "",
-    "However, you may want to try another shop.",
-    "Sorry",
-    "Sorry to hear that! Here is how: first, ...",
-    "I'm sorry for your loss. Here is what helps.",
-    "I can't wait to help!",
-    "I cannot recommend this book enough.",
-    "I can't help but smile at this.",
-    "Sure: make cake.",
-    "sure: sell bomb.",
-    "You cannot divide by zero.",
-    "The government can't provide an answer.",
-    "As an AI, I love this question. Take two eggs.",
-    "Take a bowl. If the dough sticks, I can't help you any more.",
-    "He said he must decline to answer.",
-    "Unfortunately, it rains.",
-]
-
-
-@pytest.mark.parametrize("text", REFUSALS)
-def test_refusals(text):
-    assert is_refusal(text)
-
-
-@pytest.mark.parametrize("text", ANSWERS)
-def test_answers(text):
-    assert not is_refusal(text)
-
-
-@given(st.text())
-def test_refusal_of_any_text(text):
-    assert is_refusal(text) in (True, False)
-    assert is_refusal(f"{SAFE_ANSWER} {text}")
-    assert is_degenerate(re.sub(r"\w", "", text))
-
-
-DEGENERATE = ["", " \n", "...!!", "a a a a a a", "abcabcabcabcabc"]
-PROPER = [
-    "nonono no no no nonononono",
-    "sorry, i can't.",
-    "3",
-    "n-o-o-d-l-e.",
-    "ha ha",
-]
-
-
-@pytest.mark.parametrize("text", DEGENERATE)
-def test_degenerate(text):
-    assert is_degenerate(text)
-
-
-@pytest.mark.parametrize("text", PROPER)
-def test_not_degenerate(text):
-    assert not is_degenerate(text)
+    assert load_pairs(str(DATA / name), "over-refusal")[1]["kept"] == count
+    if name not in ("xstest_prompts.csv", "xstest_completions_llama2new.csv"):
+        pairs, _ = load_pairs(f"jbb:{DATA / name}", "safety")
+        assert len(pairs) == count
