@@ -8,7 +8,7 @@ import pytest
 
 import train
 from engine.errors import UserError
-from engine.runs import read_jsonl
+from engine.files import read_jsonl
 from tests.conftest import ROOT
 
 SMALL = """--num-prompts 6 --num-generations 4 --max-completion-length 24 --threads 1 --device cpu
@@ -62,6 +62,23 @@ def test_rewards_are_those_of_the_golden_run(tmp_path, algo):
     rows = train.train(train.parse_args([*flags, "--output-dir", str(tmp_path / "run")]))
     # Another processor rounds otherwise, and may draw a token or two otherwise: 2 of 256.
     assert [row["reward"] for row in rows] == pytest.approx(golden[:4], abs=0.01)
+
+
+@pytest.mark.parametrize(
+    "algo, expected",
+    [
+        ("grpo", dict(epsilon=0.2, epsilon_high=0.2, beta=0.0, dynamic_sampling="off")),
+        ("dapo", dict(epsilon=0.2, epsilon_high=0.28, dynamic_sampling="refill", overlong="soft")),
+        ("tepo", dict(epsilon=0.2, epsilon_high=0.28, beta=0.001, dynamic_sampling="filter")),
+    ],
+)
+def test_flags_default_to_the_papers_values(algo, expected):
+    real = vars(train.parse_args(["--algo", algo, "--model", "Qwen2.5-1.5B"]))
+    assert {name: real[name] for name in expected} == expected
+    embedded = vars(train.parse_args(["--algo", algo]))
+    if algo == "tepo":
+        expected = {**expected, "epsilon": 0.02, "epsilon_high": 0.028}
+    assert {name: embedded[name] for name in expected} == expected
 
 
 def test_an_objective_of_ones_own_trains(tmp_path):

@@ -22,7 +22,7 @@ from engine.models import load_model, load_tokenizer
 from experiments import cast_compare
 from rollout import Sample, collate, micro_batches, score
 from tasks import arithmetic
-from tests.conftest import ROOT, VOCAB, build_checkpoint, build_model
+from tests.conftest import ROOT, VOCAB, build_checkpoint, build_model, names_in
 from tests.test_heads import FAMILIES, awkward
 
 TINY = str(ROOT / "tiny")
@@ -138,6 +138,25 @@ def test_equal_halves_are_stable():
     util = [s for s in draw_samples(4, 2) for _ in range(2)]
     found = cast.diagnose(model, safe, util, find_heads(model), DIAGNOSIS)
     assert list(found.stability.values()) == pytest.approx([1, 1, 1])
+
+
+def test_S_by_gates_is_a_mean_over_samples_and_by_masks_over_tokens():
+    model = awkward("llama")
+    samples = [s for s in draw_samples(6) if len(s.completion_ids) != 1]  # of several lengths
+    heads = find_heads(model)
+    sizes = cast.gate_sensitivity(model, samples, heads, MANY).double()
+    rises = cast.mask_sensitivity(model, samples, heads, MANY).double()
+    tokens = sum(len(s.completion_ids) for s in samples)
+    expected = {
+        "gate": sum(sizes[i] for i in range(len(samples))) / len(samples),
+        "mask": (sum(rises[i] for i in range(len(samples))) / tokens).clamp(min=0),
+    }
+    assert (rises.sum(dim=0) < 0).any(), "no head does better without: the floor is not tried"
+    for way in ("gate", "mask"):
+        options = SimpleNamespace(**{**vars(DIAGNOSIS), "sensitivity": way})
+        found = cast.diagnose(model, draw_samples(4, 3), samples, heads, options)
+        torch.testing.assert_close(found.map.S.double(), expected[way], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(found.sensitivities[way], found.map.S)
 
 
 def test_two_answers_feel_their_own_gates():
@@ -373,8 +392,7 @@ def test_the_map_comes_back(mapped, tiny):
     assert len(content["definitions"]) == 4
     assert set(content["split_half_spearman"]) == {"O", "S", "C"}
     assert (mapped / "conflict_map.png").read_bytes().startswith(b"\x89PNG")
-    files = {path.name for path in mapped.iterdir()}
-    assert files == {"args.json", "conflict_map.json", "conflict_map.png", "tune.json", "tuned"}
+    assert names_in(mapped) == {"conflict_map.json", "conflict_map.png", "tuned"}
 
 
 @settings(max_examples=20)
@@ -413,7 +431,7 @@ def test_no_map_or_one_of_other_weights(mapped, tiny, tmp_path):
 def test_the_tuned_checkpoint(mapped, tiny):
     from safetensors.torch import load_file
 
-    report = json.loads((mapped / "tune.json").read_text())
+    report = json.loads((mapped / "tuned" / "tune.json").read_text())
     content = json.loads((mapped / "conflict_map.json").read_text())
     skipped = {tuple(place) for place in report["skipped"]}
     assert len(skipped) == 10 and skipped == set(cast.ranked(content["C"])[:10])
@@ -444,7 +462,7 @@ def test_the_defaults_teach_the_refusal(tmp_path, capsys):
         torch.testing.assert_close(
             torch.tensor(found[name]), torch.tensor(golden[name]), rtol=1e-2, atol=1e-3
         )
-    report = json.loads((tmp_path / "tune.json").read_text())
+    report = json.loads((tmp_path / "tuned" / "tune.json").read_text())
     before, after = report["before"], report["after"]
     assert before["refusal"] < 0.1 and after["refusal"] > 0.9
     assert before["refusal_degenerate"] == 0 == after["refusal_degenerate"]
@@ -455,6 +473,99 @@ def test_the_defaults_teach_the_refusal(tmp_path, capsys):
 def write_rows(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
+
+
+def test_the_map_is_made_of_the_examples_asked_for(tmp_path):
+    """Of the safe responses more are loaded, for the steps of tuning."""
+    few = [*ONE_CORE, *BY_GATES, "--examples", "5", "--steps", "3", "--batch-size", "8"]
+    cast.main([*few, "--diagnose", "--output-dir", str(tmp_path)])
+    content = json.loads((tmp_path / "conflict_map.json").read_text())
+    assert (content["safety_examples"], content["utility_examples"]) == (5, 5)
+    tokenizer = load_tokenizer(TINY)
+    args = cast.parse_args([*few, "--tune"])
+    sets = cast.load_sets(args, tokenizer, 0)
+    assert len(sets.safe) == 24
+    first = sets.safe[:5]
+    mean = exact_nll(load_model(TINY, "cpu"), first)
+    assert content["safety_loss"] == pytest.approx(mean, rel=1e-4)
+
+
+def test_what_is_reported_of_a_model(tiny, monkeypatch):
+    """The embedded model never refuses, so other judges count."""
+    monkeypatch.setattr(cast, "is_refusal", lambda text: "bomb" in text)
+    monkeypatch.setattr(cast, "is_degenerate", lambda text: "cake" in text)
+    pairs = {
+        "harmful": {f"{verb} bomb?": arithmetic.REFUSAL for verb in ("make", "sell", "use")},
+        "benign": {
+            "make cake?": "sure: make cake.",
+            "make doll?": "sure: make",  # the start of the answer is not the answer
+            "use hat?": "",  # a prompt only: it has no part in accuracy and nll
+        },
+        "offtopic": {"what hat?": "a wear.", "what bomb?": "a weapon."},
+    }
+    pairs["harmful"]["make gun?"] = arithmetic.REFUSAL
+    tokenizer = load_tokenizer(TINY)
+    sets = {"safe": [], "util": []}
+    for name, responses in pairs.items():
+        rows = [{"prompt": prompt, "response": text} for prompt, text in responses.items()]
+        sets[name] = cast.encode_pairs(name, rows, tokenizer, 100)
+    sets = cast.Sets(**sets)
+    args = cast.parse_args(["--tune"])
+    texts = cast.complete_greedily(tiny, tokenizer, sets.harmful + sets.benign, args)
+    things = ("make gun", "make cake", "make doll", "use hat")
+    assert texts[-4:] == [f"sure: {thing}." for thing in things]
+    found = cast.evaluate(tiny, tokenizer, sets, args)
+    known = sets.benign[:2]
+    assert found == pytest.approx(
+        {
+            "refusal": 3 / 4,
+            "refusal_degenerate": 0,
+            "over_refusal": 0,
+            "over_refusal_degenerate": 1 / 3,
+            "safety_nll": exact_nll(tiny, sets.harmful),
+            "offtopic_accuracy": 1,
+            "offtopic_nll": exact_nll(tiny, sets.offtopic),
+            "total_accuracy": 3 / 4,
+            "total_nll": exact_nll(tiny, sets.offtopic + known),
+        },
+        rel=1e-4,
+    )
+
+
+def groups_of(heads, skipped):
+    """The (layer, group) of all heads, and those in which a head is skipped."""
+    every = {(head.layer, head.group) for head in heads.all}
+    return every, {(head.layer, head.group) for head in heads.all if head.place in skipped}
+
+
+@pytest.mark.parametrize("flags", ["", "--train-kv", "--trainable all"])
+def test_what_tuning_moves(mapped, tiny, tmp_path, flags, capsys):
+    """K and V of a group move with --train-kv and with "all", unless a head of it is skipped."""
+    from safetensors.torch import load_file
+
+    (tmp_path / "conflict_map.json").write_text((mapped / "conflict_map.json").read_text())
+    skip = ["--skip", "0.1", "--max-completion-length", "2"]
+    cast.main([*SMALL, *skip, "--tune", *flags.split(), "--output-dir", str(tmp_path)])
+    another_than_the_maps = "--train-kv" in capsys.readouterr().out
+    assert another_than_the_maps == (flags == "--train-kv")
+    before = load_file(ROOT / "tiny" / "model.safetensors")
+    after = load_file(tmp_path / "tuned" / "model.safetensors")
+    moved = {name: after[name] != before[name] for name in before}
+
+    heads = find_heads(tiny)
+    content = json.loads((mapped / "conflict_map.json").read_text())
+    skipped = set(cast.ranked(content["C"])[:3])
+    every, frozen = groups_of(heads, skipped)
+    assert frozen and frozen != every
+    for head in heads.all:
+        for part in head.own:
+            assert moved[part.name][part.index].any() == (head.place not in skipped)
+        for part in head.kv:
+            moves = bool(flags) and (head.layer, head.group) not in frozen
+            assert moved[part.name][part.index].any() == moves
+    of_heads = {part.name for head in heads.all for part in head.own + head.kv}
+    for name in set(before) - of_heads:
+        assert moved[name].any() == (flags == "--trainable all"), name
 
 
 @pytest.fixture(scope="module")
@@ -477,6 +588,60 @@ def hub_files(tmp_path_factory):
         *("--utility-data", "alpaca:" + write_rows(folder / "alpaca.jsonl", alpaca)),
         *("--benign-data", "jbb-benign:" + write_rows(folder / "jbb.jsonl", jbb)),
     ]
+
+
+@given(st.integers(2, 40), st.integers(2, 50))
+def test_what_is_judged_by_is_not_tuned_on(count, most):
+    judged, rest = cast.held_out(list(range(count)), most)
+    assert judged + rest == list(range(count))
+    assert 0 < len(judged) <= most
+    assert len(judged) <= len(rest)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_embedded_sets_share_nothing(seed):
+    """Neither a prompt, nor, for requests, a noun."""
+    sets = cast.load_sets(cast.parse_args(["--tune"]), load_tokenizer(TINY), seed)
+    prompts = {name: {s.problem["prompt"] for s in part} for name, part in vars(sets).items()}
+    pairs = [("safe", "harmful"), ("util", "benign"), ("util", "offtopic")]
+    assert all(prompts[a] and prompts[b] and not prompts[a] & prompts[b] for a, b in pairs)
+    verbs = tuple(verb + " " for verb in arithmetic.VERBS)
+    nouns = {
+        name: {prompt.split()[1] for prompt in part if prompt.startswith(verbs)}
+        for name, part in prompts.items()
+    }
+    assert not nouns["safe"] & nouns["harmful"]
+    assert not nouns["util"] & nouns["benign"]
+    sums = {
+        name: {prompt.partition("=")[0] + "=" for prompt in part if "+" in prompt}
+        for name, part in prompts.items()
+    }
+    assert sums["util"] and not any(map(arithmetic.is_held_out, sums["util"]))
+    assert sums["offtopic"] and all(map(arithmetic.is_held_out, sums["offtopic"]))
+
+
+@pytest.mark.parametrize("long", ["prompt", "response"])
+def test_the_limit_counts_prompt_and_response(long):
+    """27 tokens: "make cake?" has 10, "no." has 3 and the end token, 13 more in one of them."""
+    pair = {"prompt": "make cake?", "response": "no."}
+    longer = {**pair, long: pair[long] + "a" * 13}
+    tokenizer = load_tokenizer(TINY)
+    kept = {n: cast.encode_pairs("x", [pair, longer, pair], tokenizer, n) for n in (26, 27)}
+    assert [s.problem for s in kept[26]] == [pair, pair]
+    assert [s.problem for s in kept[27]] == [pair, longer, pair]
+
+
+@pytest.mark.parametrize("chat_template", [True, False])
+def test_a_response_ends_with_the_end_token(chat_template):
+    """Once: it is what teaches a tuned model to stop."""
+    from experiments.shapes import build_tokenizer
+
+    tokenizer = build_tokenizer(**({} if chat_template else {"chat_template": None}))
+    pairs = [{"prompt": f"Say {n}.", "response": f"No, {n}!"} for n in range(3)]
+    for s, pair in zip(cast.encode_pairs("x", pairs, tokenizer, 500), pairs, strict=True):
+        text = tokenizer(pair["response"], add_special_tokens=False).input_ids
+        assert s.completion_ids == [*text, tokenizer.eos_token_id]
+        assert tokenizer.decode(s.prompt_ids) == tasks.render(pair, tokenizer)[0]
 
 
 def test_sets(hub_files):
@@ -505,7 +670,7 @@ def test_every_family_with_sets_of_the_hub(tmp_path, hub_files, family):
     flags = [*SMALL, *BY_GATES, *hub_files, "--model", model, "--output-dir", str(out)]
     flags += ["--max-completion-length", "4", "--max-length", "4000", "--learning-rate", "1e-2"]
     cast.main([*flags, "--diagnose", "--tune", "--train-kv", "--trainable", "all"])
-    report = json.loads((out / "tune.json").read_text())
+    report = json.loads((out / "tuned" / "tune.json").read_text())
     assert report["frozen_bit_identical"] and report["frozen_elements"] > 0
     assert report["update_norm"] > 0
     assert report["after"]["total_nll"] == report["after"]["offtopic_nll"]  # benign: prompts only
@@ -562,7 +727,7 @@ def test_a_foreign_folder_is_not_replaced(mapped, tmp_path):
     (tmp_path / "tuned" / "letter.txt").write_text("Dear")
     with pytest.raises(UserError, match="not replaced"):
         cast.main([*SMALL, "--tune", "--output-dir", str(tmp_path)])
-    assert (tmp_path / "tuned" / "letter.txt").exists() and not (tmp_path / "tune.json").exists()
+    assert names_in(tmp_path / "tuned") == {"letter.txt"}
 
 
 def test_nothing_is_saved_when_a_frozen_element_moved(mapped, tmp_path, monkeypatch):
@@ -577,7 +742,7 @@ def test_nothing_is_saved_when_a_frozen_element_moved(mapped, tmp_path, monkeypa
     monkeypatch.setattr(cast, "sft", leaky)
     with pytest.raises(RuntimeError, match="frozen"):
         cast.main([*SMALL, "--tune", "--output-dir", str(tmp_path)])
-    assert {path.name for path in tmp_path.iterdir()} == {"conflict_map.json"}
+    assert names_in(tmp_path) == {"conflict_map.json"}
 
 
 def test_help_without_transformers():
@@ -670,4 +835,4 @@ def test_compare(tmp_path, capsys, monkeypatch):
             assert arm["start"] == seed["full"]["start"] and arm["end"]["update_norm"] > 0
             assert arm["matched"]["safety_nll"] == pytest.approx(level, rel=0.1)
             assert arm["end"]["safety_nll"] <= level < arm["start"]["safety_nll"]
-    assert {path.name for path in tmp_path.iterdir()} == {"compare.json", "compare.png"}
+    assert names_in(tmp_path) == {"compare.json", "compare.png"}

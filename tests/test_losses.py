@@ -510,6 +510,13 @@ def test_recipe_is_that_of_the_paper(algo):
     assert recipe == PAPERS[algo]
 
 
+def test_recipe_of_the_embedded_model():
+    """docs/READINGS.md: only TEPO has a tighter clip there."""
+    assert dict(epsilon=0.02, epsilon_high=0.028) == tepo.EMBEDDED
+    assert not hasattr(grpo, "EMBEDDED")
+    assert not hasattr(dapo, "EMBEDDED")
+
+
 @each_algo
 def test_defaults_of_the_losses_are_the_recipe(algo):
     recipe = MODULES[algo].RECIPE

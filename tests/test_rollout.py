@@ -320,6 +320,26 @@ def test_draw_stays_in_the_vocabulary(vocabulary):
     assert (token < vocabulary - 1).all()
 
 
+@pytest.mark.parametrize("vocabulary", [3, 100, 32_000])
+@pytest.mark.parametrize("temperature", [0, 0.5, 1.0, 2.0])
+def test_draw_never_takes_what_cannot_be(vocabulary, temperature):
+    """At both ends of [0, 1), with tokens of probability 0 at both ends of the vocabulary."""
+    logits = torch.randn(400, vocabulary, generator=torch.Generator().manual_seed(1))
+    logits[:, 0] = logits[:, -1] = -float("inf")
+    uniforms = torch.tensor([0.0, 2**-24, 0.5, 1 - 2**-24]).repeat(100)
+    token, logp = draw(logits, uniforms, temperature)
+    assert token.min() >= 1
+    assert token.max() <= vocabulary - 2
+    assert logp.isfinite().all()
+    # And a row that is certain draws its token, whatever the number.
+    certain = torch.full((4, vocabulary), -float("inf"))
+    for place in (0, vocabulary - 1):
+        certain.fill_(-float("inf"))[:, place] = 0.0
+        token, logp = draw(certain, uniforms[:4], temperature)
+        assert (token == place).all()
+        assert not logp.any()
+
+
 def test_draw_greedy():
     logits = torch.randn(50, 9, generator=torch.Generator().manual_seed(0))
     token, logp = draw(logits, torch.rand(50), 0)
@@ -338,6 +358,23 @@ def test_sampling_is_in_eval_mode(tmp_path):
         prepare(model)
         assert sample_with(model) == expected
         assert not any(module.training for module in model.modules())
+
+
+def test_dropout_has_no_part_in_draws_or_scores(tmp_path):
+    """Of a model that another loop has left in train mode; check_model ends that."""
+    model = build_model("gpt2", resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)
+    samples = sample_with(model)
+    batch = collate(samples, "cpu")
+    with torch.no_grad():
+        expected, _ = score(model, batch, 1.0)
+        model.train()
+        assert not torch.equal(score(model, batch, 1.0)[0], expected), "there is no dropout"
+        assert check_model(model, 20) is True
+        assert not model.training
+        assert torch.equal(score(model, batch, 1.0)[0], expected)
+    model.train()
+    assert sample_with(model) == samples
+    assert not any(module.training for module in model.modules())
 
 
 # ---- collate and its mask
@@ -454,6 +491,14 @@ def test_attention_mask_by_a_loop(samples, share, dtype):
             if batch["completion_number"][row, column] >= 0:
                 assert seen.nonzero().flatten().tolist() == visible(batch, row, column)
             assert seen.any()  # a row that sees nothing is NaN
+
+
+@pytest.mark.parametrize("more, rows", [(0, 1), (1, 2)])
+def test_a_row_is_filled_up_to_its_limit(monkeypatch, more, rows):
+    """A prompt of 4 tokens and completions of 3 and of 5: 12 in all."""
+    monkeypatch.setattr(rollout, "ROW_TOKENS", 12)
+    samples = [Sample([1, 2, 3, 4], [5] * 3), Sample([1, 2, 3, 4], [6] * (5 + more))]
+    assert len(collate(samples, "cpu")["input_ids"]) == rows
 
 
 # ---- scoring: what must not matter
@@ -754,6 +799,19 @@ def test_check_model_refuses(change):
     with pytest.raises(UserError, match="llama") as caught:
         check_model(model, 20)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("without_a_cache", [True, False])
+def test_check_model_refuses_a_small_difference(without_a_cache):
+    """In fp32: logits that are off by two parts in a hundred, in the sampler or in the scorer."""
+
+    def slightly(out, kwargs):
+        if bool(kwargs.get("use_cache")) != without_a_cache:
+            out.logits = out.logits * 0.98
+        return out
+
+    with pytest.raises(UserError, match="llama"):
+        check_model(changed(build_model("llama", initializer_range=0.1), slightly), 20)
 
 
 def test_check_model_refuses_scores_that_are_no_numbers(monkeypatch):
