@@ -42,6 +42,8 @@ of weights), PCGrad (Yu et al. 2020), the "safety tax" (Huang et al. 2025).
 """
 
 import argparse
+import math
+import os
 import random
 import runpy
 import sys
@@ -56,9 +58,11 @@ from tqdm import tqdm
 
 import tasks
 from engine.errors import UserError, run_script
+from engine.files import fingerprint, replacing, write_json
 from engine.flags import (
     Formatter,
     add_machine_flags,
+    folder,
     non_negative_float,
     number,
     positive_float,
@@ -66,9 +70,11 @@ from engine.flags import (
     share,
 )
 from engine.heads import find_heads, scaled_heads, trained_masks, update_of, weights_of
-from engine.maps import checksum, fingerprint, read_map
+from engine.maps import checksum, read_map, scores_of
 from engine.models import (
+    check_finite,
     check_positions,
+    check_tokens,
     load_model,
     load_tokenizer,
     pick_device,
@@ -78,10 +84,11 @@ from engine.models import (
     stop_token_ids,
 )
 from engine.plots import draw_map
-from engine.runs import check_writable, is_embedded, replacing, write_json
+from engine.runs import check_writable, is_embedded, open_shared_dir, settings_of
 from rollout import Sample, check_model, collate, micro_batches, sample, sample_length, score
 from tasks import arithmetic
-from tasks.safety import is_degenerate, is_refusal, load_pairs
+from tasks.refusals import is_degenerate, is_refusal
+from tasks.safety import load_pairs
 
 # --------------------------------------------------------------------------------------------------
 # Data
@@ -122,6 +129,12 @@ def load_sets(args, tokenizer, seed):
         random.Random(f"{seed}, {name}").shuffle(chosen)
         samples[name] = encode_pairs(name, chosen[:most], tokenizer, args.max_length)
     return Sets(**samples)
+
+
+def check_sets(model, sets):
+    """Raises UserError when a set holds tokens that the model does not know."""
+    for samples in vars(sets).values():
+        check_tokens(model, [s.prompt_ids + s.completion_ids for s in samples])
 
 
 def load_shuffled(name, kind, root, seed):
@@ -231,9 +244,16 @@ def optimization_conflict(g_safe, g_util):
 def mask_sensitivity(model, samples, heads, max_tokens):
     """How much the NLL of each sample (summed over its tokens) rises when a head is set to zero.
 
-    Returns [N, layers, H]. It takes a forward pass for each head.
+    Returns [N, layers, H]. It takes a forward pass for each head, and says how long that will be.
     """
+    start = time.perf_counter()
     base = nll(model, samples, max_tokens)
+    seconds = (time.perf_counter() - start) * len(heads.all)
+    print(
+        f"masking {len(heads.all)} heads one by one takes about {seconds / 60:.1f} minutes "
+        "(--sensitivity gate takes one backward pass)",
+        flush=True,
+    )
     rises = torch.zeros(len(samples), *heads.shape)
     for head in tqdm(heads.all, desc="masking heads", disable=None):
         gates = torch.ones(heads.shape, device=model.device)
@@ -396,7 +416,7 @@ def map_content(args, model, safe, util, found):
         "definitions": DEFINITIONS,
         "model": args.model,
         "family": model.config.model_type,
-        "fingerprint": fingerprint(model),
+        "fingerprint": fingerprint(model.named_parameters()),
         "seed": args.seed,
         "sensitivity": args.sensitivity,
         "train_kv": args.train_kv,
@@ -539,14 +559,16 @@ def evaluate(model, tokenizer, sets, args):
 
 def run_diagnose(args, model, tokenizer, heads):
     """--diagnose: writes conflict_map.json and .png to --output-dir, prints the top heads."""
-    directory = Path(args.output_dir)
     sets = load_sets(args, tokenizer, args.seed)
+    check_sets(model, sets)
     safe = sets.safe[: args.examples]  # the rest is for tuning
     found = diagnose(model, safe, sets.util, heads, args)
+    if not found.map.C.isfinite().all():
+        raise UserError("gradients or losses of this model are not finite, so there is no map")
     content = map_content(args, model, safe, sets.util, found)
     order = ranked(content["C"])
     skipped = order[: number_skipped(args, heads)]
-    directory.mkdir(parents=True, exist_ok=True)
+    directory = open_shared_dir(args.output_dir)
     draw_map(content, skipped, directory / "conflict_map.png")
     write_json(directory / "conflict_map.json", content)
 
@@ -574,19 +596,23 @@ def run_diagnose(args, model, tokenizer, heads):
 def run_tune(args, model, tokenizer, heads):
     """--tune: safety-tunes `model` in place by the map in --output-dir.
 
-    Writes tuned/ and tune.json there, prints before and after. Raises UserError when the map is
-    missing or of another model, and RuntimeError, saving nothing, if a frozen element moved.
+    Writes tuned/ there, a model with its numbers in tune.json, prints before and after. Raises
+    UserError when the map is missing or of another model, and when the weights are not finite in
+    the end, and RuntimeError if a frozen element moved. Then tuned/ is as it was.
     """
     directory = Path(args.output_dir)
     target = directory / "tuned"
     content = read_map(directory / "conflict_map.json", model)
-    if target.exists() and not (target / "config.json").exists():
-        raise UserError(f"{target} does not look like a checkpoint, so it is not replaced")
+    scores = scores_of(directory / "conflict_map.json", content, heads.shape)
+    open_shared_dir(directory)
+    if os.path.lexists(target) and settings_of(target).get("script") != "cast":
+        raise UserError(f"{target} is not of cast.py, so it is not replaced: move it away")
     for key in ("seed", "safety_data", "train_kv"):
-        if content[key] != getattr(args, key):
+        if content.get(key) != getattr(args, key):
             print(f"note: the map was made with another --{key.replace('_', '-')}")
     sets = load_sets(args, tokenizer, args.seed)
-    skipped = ranked(content["C"])[: number_skipped(args, heads)]
+    check_sets(model, sets)
+    skipped = ranked(scores)[: number_skipped(args, heads)]
     masks = trained_masks(model, heads, set(skipped), args.trainable, args.train_kv)
     start = weights_of(model)
     before = evaluate(model, tokenizer, sets, args)
@@ -599,13 +625,16 @@ def run_tune(args, model, tokenizer, heads):
     bar = tqdm(steps, total=args.steps, desc="tune", disable=None)
     for _, loss in bar:
         bar.set_postfix(loss=f"{loss:.4f}")
+    check_finite(model, f"after {args.steps} steps, nothing is saved: lower --learning-rate")
     update = update_of(model, start, masks)
     if not update.frozen_identical:
         raise RuntimeError("a frozen element moved: nothing is saved")
     after = evaluate(model, tokenizer, sets, args)
-    with replacing(target) as folder:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+    if not all(map(math.isfinite, after.values())):
+        raise UserError(
+            f"after {args.steps} steps the losses are not finite, nothing is saved: lower "
+            "--learning-rate or --weight-decay"
+        )
     report = {
         "flags": vars(args),
         "skipped": sorted(skipped),
@@ -616,8 +645,11 @@ def run_tune(args, model, tokenizer, heads):
         "after": after,
     }
     began = {"script": "cast", "embedded": is_embedded(args.model)}  # for tuned/ as a --model
-    write_json(directory / "args.json", {**vars(args), **began})
-    write_json(directory / "tune.json", report)
+    with replacing(target) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        write_json(folder / "args.json", {**vars(args), **began})
+        write_json(folder / "tune.json", report)
 
     print(f"\n{'held out':<26}{'before':>9}{'after':>9}")
     for key in before:
@@ -626,7 +658,7 @@ def run_tune(args, model, tokenizer, heads):
         f"\nall {update.frozen_elements:,} frozen elements are bit-identical to the start; "
         f"update norm {update.norm:.3f}, last loss {loss:.4f}"
     )
-    print(f"the tuned model is in {target}, these numbers in {directory}/tune.json")
+    print(f"the tuned model is in {target}, with these numbers in its tune.json")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -664,7 +696,7 @@ def build_parser():
     flag("--safety-data", default="embedded", help="or pku-saferlhf, llm-lat, jbb, a file")
     flag("--utility-data", default="embedded", help="or alpaca, gsm8k, mmlu, a file")
     flag("--benign-data", default="embedded", help="or jbb-benign, xstest, a file: not to refuse")
-    flag("--output-dir", default="runs/cast", help="where all is written, and --tune finds its map")
+    flag("--output-dir", type=folder, default="runs/cast", help="of the map and of tuned/")
     flag("--sensitivity", default="mask", choices=["mask", "gate"], help="how S is measured")
     flag("--examples", type=two_or_more, default=128, help="at most so many of each set")
     flag("--skip", type=share, default=0.3, help="share of all heads: those of the highest C")

@@ -25,10 +25,12 @@ samples at temperature 0.6 for AIME and AMC, one greedy sample for the rest, 819
 import argparse
 import json
 import math
+import sys
 import zlib
 from collections import Counter
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import takewhile
 from statistics import fmean, stdev
 
 import torch
@@ -37,11 +39,24 @@ from tqdm import tqdm
 import tasks
 from engine import flags, models, runs
 from engine.errors import UserError, run_script
+from engine.files import append_jsonl, fingerprint, read_jsonl, write_json, write_jsonl
 from rollout import check_model, sample
-from tasks import arithmetic, safety
+from tasks import arithmetic, refusals, safety
 
 EMBEDDED = "harmful,benign"  # requests that come with the embedded model, for --refusal
 REFUSAL_TOKENS = 64  # of an answer whose opening is judged, at most
+COLUMNS = dict(  # of samples.jsonl
+    data=str,
+    problem=int,
+    prompt=str,
+    answer=str,
+    completion=str,
+    vote=str | None,
+    length=int,
+    truncated=bool,
+    reward=int | float,
+    right=bool,
+)
 MANY_SAMPLES = ("aime24", "aime25", "amc23", "amc")  # small sets: the paper takes 32 samples
 
 
@@ -160,7 +175,7 @@ def load_data_set(name, tokenizer, args):
     n = sampling["num_samples"]
     if args.batch_size < n:
         raise UserError(f"--batch-size must be at least {n}: a problem's samples are drawn at once")
-    task = tasks.load(name, "test", args.data_root)
+    task = tasks.load(name, "test", args.data_root, args.judge_thoughts)
     problems = tasks.encode(task.problems, tokenizer, args.max_prompt_length)
     print(tasks.describe(task, problems, tokenizer, args.max_prompt_length))
     problems = problems[: args.limit or None]
@@ -233,10 +248,19 @@ def evaluate(model, tokenizer, data_set, args, done, path):
             samples = complete(model, tokenizer, batch, n, length, data_set.temperature, seed)
             spellings = {}
             new = [judged(data_set, start + i // n, s, spellings) for i, s in enumerate(samples)]
-            runs.append_jsonl(path, new)
+            append_jsonl(path, new)
             rows += new
             bar.update(len(batch))
     return rows
+
+
+def is_row(row):
+    """Whether a dict is a line of samples.jsonl, and not a damaged one."""
+    return (
+        row.keys() == COLUMNS.keys()
+        and all(isinstance(row[column], kind) for column, kind in COLUMNS.items())
+        and math.isfinite(row["reward"])
+    )
 
 
 def finished_rows(path, data_sets, batch_size):
@@ -244,16 +268,18 @@ def finished_rows(path, data_sets, batch_size):
 
     Cuts the rest off the file. batch_size: in samples.
     """
-    rows = runs.read_jsonl(path)
+    rows = list(takewhile(is_row, read_jsonl(path)))
     finished = {}
     for data_set in data_sets:
         n = data_set.num_samples
         own = [row for row in rows if row["data"] == data_set.name]
+        wrong = (i for i, row in enumerate(own) if row["problem"] != i // n)  # a line was lost
+        own = own[: next(wrong, len(own))]
         if len(own) < n * len(data_set.problems):  # if not, the last batch may be a small one
             batch = batch_size // n * n
             own = own[: len(own) // batch * batch]
         finished[data_set.name] = own
-    runs.write_jsonl(path, [row for own in finished.values() for row in own])
+    write_jsonl(path, [row for own in finished.values() for row in own])
     return finished
 
 
@@ -276,21 +302,29 @@ def refusal_prompts(name, tokenizer, args):
     return problems
 
 
+def refusal_length(tokenizer, args):
+    """Tokens of an answer whose opening is judged. A thinking model gets all: it thinks first."""
+    if "</think>" in str(tokenizer.chat_template or ""):
+        return args.max_completion_length
+    return min(REFUSAL_TOKENS, args.max_completion_length)
+
+
 def refusal_rates(model, tokenizer, asked, args):
     """Refusal rates of greedy completions: a dict name -> prompts, refusal_rate, degenerate.
 
     asked: dict name -> problems. A refusal rate is not an attack success rate: it says how an
     answer opens, not what it would be worth.
     """
-    length = min(REFUSAL_TOKENS, args.max_completion_length)
+    length = refusal_length(tokenizer, args)
     rates = {}
     for name, problems in asked.items():
         texts = []
         for start in range(0, len(problems), args.batch_size):
             batch = problems[start : start + args.batch_size]
             texts += [s.text for s in complete(model, tokenizer, batch, 1, length, temperature=0)]
-        refused = fmean(map(safety.is_refusal, texts))
-        degenerate = fmean(map(safety.is_degenerate, texts))
+        opened = [problem.get("opened_thought", False) for problem in problems]
+        refused = fmean(map(refusals.is_refusal, texts, opened))
+        degenerate = fmean(map(refusals.is_degenerate, texts, opened))
         rates[name] = {"prompts": len(texts), "refusal_rate": refused, "degenerate": degenerate}
         print(
             f"{name}: refusal rate {100 * refused:.1f}% of {len(texts)} prompts, "
@@ -355,6 +389,7 @@ def build_parser():
         default=0,
         help="only the first so many problems; 0: all",
     )
+    flag("--judge-thoughts", action="store_true", help="an answer inside <think> counts, too")
     flag("--refusal", nargs="?", metavar="SETS", const=EMBEDDED, help=f"refusal rates on {sets}")
     flag("--lm-eval", metavar="TASKS", help="run these tasks of lm-evaluation-harness too")
     flags.add_run_flags(parser)
@@ -364,14 +399,15 @@ def build_parser():
 
 def parse_args(argv=None):
     """The flags, with those of the run that is resumed. Raises UserError on what cannot work."""
+    argv = sys.argv[1:] if argv is None else argv
     parser = build_parser()
     args = parser.parse_args(argv)
+    saved = {}
     if args.resume:
         saved = flags.resumed_flags(args.output_dir, "eval")
-        parser.set_defaults(**saved)
+        argv = [*flags.as_argv(parser, saved), *argv]
         args = parser.parse_args(argv)
-        flags.check_unchanged(args, saved, free=("refusal", "lm_eval"))
-    elif args.protocol:
+    if args.protocol:
         parser.set_defaults(num_samples=None, temperature=None)  # None unless they are given
         args = parser.parse_args(argv)
         if (args.num_samples, args.temperature) != (None, None):
@@ -379,13 +415,15 @@ def parse_args(argv=None):
     elif args.temperature == 0 and args.num_samples > 1:
         n = args.num_samples
         raise UserError(f"at --temperature 0 all {n} samples are the same: use --num-samples 1")
+    flags.check_unchanged(args, saved, free=("refusal", "lm_eval"))
     return args
 
 
-def check_lengths(model, data_sets, asked, args):
+def check_fit(model, tokenizer, data_sets, asked, args):
     """Sets --max-completion-length where it was not given. asked: see `refusal_rates`.
 
-    Raises UserError for a model that has too few positions, or that cannot be sampled right.
+    Raises UserError for a model that has too few positions, whose tokenizer is another's, or that
+    cannot be sampled right.
     """
 
     def longest(lists):
@@ -395,9 +433,12 @@ def check_lengths(model, data_sets, asked, args):
     if args.max_completion_length is None:
         positions = models.positions_of(model)
         args.max_completion_length = max(1, min(8192, positions // 2, positions - prompt))
-    answer = min(REFUSAL_TOKENS, args.max_completion_length)
+    answer = refusal_length(tokenizer, args)
     tokens = max(prompt + args.max_completion_length, longest(asked.values()) + answer)
     models.check_positions(model, tokens)
+    for problems in [*(data_set.problems for data_set in data_sets), *asked.values()]:
+        models.check_tokens(model, [problem["prompt_ids"] for problem in problems])
+    models.stop_token_ids(model, tokenizer)
     check_model(model, tokens)
 
 
@@ -422,10 +463,13 @@ def main(argv=None):
     asked = {name: refusal_prompts(name, tokenizer, args) for name in refusal_sets}
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = models.load_model(model_name, device, dtype)
-    check_lengths(model, data_sets, asked, args)
+    check_fit(model, tokenizer, data_sets, asked, args)
     models.set_threads(model, device, args.threads)
+    made_of = {f"problems of {d.name}": runs.digest_of(d.problems) for d in data_sets}
+    made_of["weights of --model"] = fingerprint(model.named_parameters())
+    made_of["own code"] = runs.digest_of_code(*names)
+    runs.check_same(args, made_of)
     directory = runs.open_output_dir(args, "eval")
-    runs.write_json(directory / "args.json", vars(args))
     print(f"writing to {directory}")
 
     path = directory / "samples.jsonl"
@@ -440,15 +484,17 @@ def main(argv=None):
         "results": results,
         "first_prompts": {d.name: tasks.render(d.problems[0], tokenizer)[0] for d in data_sets},
         "args": vars(args),
+        "checkpoint": model_name,
+        "digests": args.digests,
         "versions": versions,
     }
-    runs.write_json(directory / "results.json", record)  # before what may still fail
+    write_json(directory / "results.json", record)  # before what may still fail
     if asked:
         record["refusal"] = refusal_rates(model, tokenizer, asked, args)
     if args.lm_eval:
         record["lm_eval"] = lm_eval_scores(model, tokenizer, args)
         print(json.dumps(record["lm_eval"], indent=1))
-    runs.write_json(directory / "results.json", record)
+    write_json(directory / "results.json", record)
     print(f"results.json and samples.jsonl are in {directory}")
     return results
 

@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from engine.errors import UserError
+from engine.errors import UserError, reason
 
 ROW_TOKENS = 1024  # a row takes completions of its prompt up to this length
 LOGITS_AT_ONCE = 2**24  # logits in one chunk of the LM head: 64 MB in fp32
@@ -396,7 +396,9 @@ def shortest_window(config):
     windows = [
         value
         for name, value in vars(config).items()
-        if name.endswith(("window", "window_size", "chunk_size")) and value and value > 1
+        if name.endswith(("window", "window_size", "chunk_size"))
+        and isinstance(value, int)
+        and value > 1
     ]
     return min(windows, default=None)
 
@@ -437,8 +439,7 @@ def check_model(model, longest):
         sampled = torch.tensor([logp for s in samples for logp in s.logp], device=model.device)
         gaps = [gap(sampled), gap(scored_logp(model, samples, share_prompts=False))]
     except Exception as error:  # whatever a model raises whose forward pass is of another form
-        reason = (str(error).strip() or repr(error)).splitlines()[0][:160]
-        raise UserError(f"a model of type {kind} cannot be run here: {reason}") from error
+        raise UserError(f"a model of type {kind} cannot be run here: {reason(error)}") from error
     if not all(off <= tolerance for off in gaps):  # NaN is off, too
         raise UserError(
             f"a model of type {kind} cannot be run here: beside its log-probs of each row alone "

@@ -20,6 +20,7 @@ the later ones: a setting with one update a rollout cannot tell them apart.
 import argparse
 import importlib
 import math
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,9 +33,11 @@ import tepo
 from dapo import dynamic_sampling, soft_overlong_punishment
 from engine import flags, models, runs
 from engine.errors import UserError, run_script
+from engine.files import append_jsonl, fingerprint
 from engine.plots import plot_curves
 from grpo import group_advantages, mixed_groups
 from rollout import check_model, collate, micro_batches, sample, score, split_evenly
+from tasks import verify
 
 # Defaults for the embedded model and for a real one (one 80 GB GPU).
 TINY = dict(
@@ -73,16 +76,19 @@ LORA = dict(learning_rate=1e-5)  # adapters need a higher rate
 ALGORITHMS = ("tepo", "grpo", "dapo")
 SAMPLING = "groups of equal scores: off keeps them, filter drops them, refill samples on"
 OVERLONG = "soft punishes long completions, filter leaves truncated ones out of the loss"
+JUDGE_SECONDS = 60.0  # of algebra in a step: answers that would take more count as wrong
 FREE_ON_RESUME = (
     "steps",
     "learning_rate",
     "save_steps",
+    "save_total_limit",
     "log_completions_steps",
     # These change nothing but rounding.
     "max_tokens_per_batch",
     "rollout_batch_size",
     "threads",
 )
+NOT_IN_A_RECIPE = "help script algo model preset output_dir resume overwrite".split()
 OBJECTIVE_FLAGS = {  # of the keys of a RECIPE; a key that is not here becomes a flag as well
     "epsilon": dict(type=flags.below_one, help="clip the ratio below 1 - epsilon"),
     "epsilon_high": dict(type=flags.positive_float, help="clip the ratio above 1 + epsilon-high"),
@@ -109,9 +115,12 @@ def load_algorithm(name):
     if not name.endswith(".py"):
         raise UserError(f"--algo {name}: neither a .py file nor one of {', '.join(ALGORITHMS)}")
     module = tasks.import_file(name, "--algo")
-    if not isinstance(getattr(module, "RECIPE", None), dict) or not hasattr(module, "loss"):
+    recipes = [getattr(module, "RECIPE", None), getattr(module, "EMBEDDED", {})]
+    if not all(isinstance(recipe, dict) for recipe in recipes) or not hasattr(module, "loss"):
         raise UserError(f"--algo {name}: it needs RECIPE and loss(batch, logp, entropy, args)")
-    for key, value in module.RECIPE.items():
+    for key, value in [*recipes[0].items(), *recipes[1].items()]:
+        if not str(key).isidentifier() or key in NOT_IN_A_RECIPE:
+            raise UserError(f"--algo {name}: {key!r} cannot be a key of RECIPE")
         if not isinstance(value, (bool, int, float, str)):
             raise UserError(f"--algo {name}: RECIPE[{key!r}] must be a number, a text or a bool")
     return module
@@ -141,6 +150,7 @@ def build_parser(recipe, defaults):
     flag("--dynamic-sampling", choices=["off", "filter", "refill"], default="off", help=SAMPLING)
     flag("--max-sampling-rounds", type=flags.positive_int, default=10, help="cap on refill, a step")
     # Reward
+    flag("--judge-thoughts", action="store_true", help="an answer inside <think> counts, too")
     flag("--overlong", choices=["none", "soft", "filter"], default="none", help=OVERLONG)
     flag(
         "--overlong-cache",
@@ -191,6 +201,12 @@ def build_parser(recipe, defaults):
         help="a checkpoint every so many; 0: at the end only",
     )
     flag(
+        "--save-total-limit",
+        type=flags.positive_int,
+        default=1,
+        help="checkpoints that are kept, the newest",
+    )
+    flag(
         "--log-completions-steps",
         type=flags.positive_int,
         default=10,
@@ -203,6 +219,10 @@ def build_parser(recipe, defaults):
     for key, value in recipe.items():
         if key not in known:
             kind = {"help": "the objective's own", "type": type(value)}
+            if isinstance(value, float):
+                kind["type"] = flags.any_float
+            if isinstance(value, int):
+                kind["type"] = flags.any_int
             if isinstance(value, bool):
                 kind = {"help": kind["help"], "action": argparse.BooleanOptionalAction}
             flag("--" + key.replace("_", "-"), **OBJECTIVE_FLAGS.get(key, kind))
@@ -215,6 +235,7 @@ def parse_args(argv=None):
 
     Raises UserError on a combination that cannot work.
     """
+    argv = sys.argv[1:] if argv is None else argv
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--algo", default="tepo")
     first.add_argument("--model", default="tiny")
@@ -226,10 +247,8 @@ def parse_args(argv=None):
     saved = {}
     if look.resume:
         saved = flags.resumed_flags(look.output_dir, "train")
-        look.algo = saved["algo"]
-        look.model = saved["model"]
-        look.preset = saved["preset"]
-        look.lora_rank = str(saved["lora_rank"])
+        argv = [*flags.as_argv(first, saved), *argv]
+        look, _ = first.parse_known_args(argv)
 
     algorithm = load_algorithm(look.algo)
     recipe = algorithm.RECIPE
@@ -243,12 +262,21 @@ def parse_args(argv=None):
         defaults = {**defaults, **PAPER}
     if look.lora_rank != "0" and not embedded:
         defaults = {**defaults, **LORA}
-    parser = build_parser({**recipe, **saved}, defaults)
-    args = parser.parse_args(argv)
+    try:
+        parser = build_parser(recipe, defaults)
+    except argparse.ArgumentError as error:  # two flags of one name
+        raise UserError(f"RECIPE of {look.algo}: {error}") from None
+    args = parser.parse_args([*flags.as_argv(parser, saved), *argv])
     for action in parser._actions:  # argparse does not look at defaults
         value = getattr(args, action.dest, None)
-        if action.choices and value is not None and value not in action.choices:
+        if value is None:
+            continue
+        if action.choices and value not in action.choices:
             raise UserError(f"RECIPE of {args.algo}: {action.dest} cannot be {value!r}")
+        try:
+            (action.type or str)(str(value))
+        except argparse.ArgumentTypeError as error:
+            raise UserError(f"RECIPE of {args.algo}: {action.dest}: {error}") from None
     flags.check_unchanged(args, saved, FREE_ON_RESUME)
     args.embedded = embedded  # for whoever gives this run as --model
     args.overlong_cache = args.overlong_cache or max(1, args.max_completion_length // 5)
@@ -262,6 +290,8 @@ def parse_args(argv=None):
         )
     if args.rollout_batch_size < args.num_generations:
         raise UserError("--rollout-batch-size must be at least --num-generations")
+    if args.num_prompts * args.num_generations > 10**6:
+        raise UserError("--num-prompts x --num-generations is more than a million completions")
     if args.overlong_cache > args.max_completion_length:
         raise UserError("--overlong-cache cannot be longer than --max-completion-length")
     return args
@@ -307,14 +337,24 @@ def load_policy(args, name, device, dtype, resumed):
     return models.add_adapters(models.load_model(name, device, dtype), args.lora_rank, resumed)
 
 
+def start_digest(args, model, reference, resumed):
+    """The digest of the weights that a run began with; None where a resume does not need them."""
+    if args.lora_rank:
+        return fingerprint((n, p) for n, p in model.named_parameters() if not p.requires_grad)
+    if reference is not None:
+        return fingerprint(reference.named_parameters())
+    return None if resumed else fingerprint(model.named_parameters())
+
+
 def set_up(args):
     """Loads everything, opens the run's directory and returns a Run. Raises UserError."""
     runs.check_output_dir(args)
     device = models.pick_device(args.device)
     name = models.resolve_model(args.model)
-    resumed = runs.latest_checkpoint(args.output_dir) if args.resume else None
+    resumed = runs.own_checkpoints(args.output_dir)[-1:] if args.resume else []
+    resumed = resumed[0] if resumed else None
     tokenizer = models.load_tokenizer(name)
-    task = tasks.load(args.data, "train", args.data_root)
+    task = tasks.load(args.data, "train", args.data_root, args.judge_thoughts)
     problems = tasks.encode(task.problems, tokenizer, args.max_prompt_length)
     print(tasks.describe(task, problems, tokenizer, args.max_prompt_length))
 
@@ -330,11 +370,10 @@ def set_up(args):
         reference = models.load_model(name, device, dtype).requires_grad_(False)
     longest = max(len(problem["prompt_ids"]) for problem in problems)
     models.check_positions(model, longest + args.max_completion_length)
+    models.check_tokens(model, [problem["prompt_ids"] for problem in problems])
+    stop_ids = models.stop_token_ids(model, tokenizer)
     share_prompts = check_model(model, longest + args.max_completion_length)
     args.threads = models.set_threads(model, device, args.threads)
-
-    directory = runs.open_output_dir(args, f"{Path(args.algo).stem}-{Path(args.model).name}")
-    runs.write_json(directory / "args.json", vars(args))
     if args.gradient_checkpointing and not models.recompute_activations(model):
         print("note: no layer of this model can be recomputed, so all activations are kept")
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -349,7 +388,18 @@ def set_up(args):
     step = cursor = 0
     if resumed:
         step, cursor = runs.load_trainer_state(resumed, optimizer, generator)
+        if resumed.name != f"checkpoint-{step}":
+            raise UserError(f"{resumed}: trainer.json is damaged: it is of step {step}")
+    made_of = {
+        "problems": runs.digest_of(problems),
+        "own code": runs.digest_of_code(args.algo, args.data),
+        "start weights": start_digest(args, model, reference, resumed),
+    }
+    runs.check_same(args, made_of)
+    # Nothing was written or deleted before this line. No flag can be wrong behind it.
+    directory = runs.open_output_dir(args, f"{Path(args.algo).stem}-{Path(args.model).name}")
     rows = runs.rewind(directory, step)
+    runs.keep_newest(directory, args.save_total_limit)  # a kill may have left more
 
     memory = models.memory_estimate(model, device, args, longest, reference is not None)
     memory = ", ".join(f"{1000 * gb:,.0f} MB {part}" for part, gb in memory.items())
@@ -364,7 +414,7 @@ def set_up(args):
         model=model,
         reference=reference,
         share_prompts=share_prompts,
-        stop_ids=models.stop_token_ids(model, tokenizer),
+        stop_ids=stop_ids,
         optimizer=optimizer,
         generator=generator,
         directory=directory,
@@ -532,9 +582,12 @@ def update(run, minis):
             tokens += mask.sum().item()
         norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).item()
         if not math.isfinite(norm):
+            advice = "lower --learning-rate, --weight-decay, --beta or --max-grad-norm"
+            if run.step == 1 and not grad_norms:  # no weight has moved
+                advice = "look for what is too large in the loss (--beta?)"
             raise UserError(
                 f"step {run.step}: the gradient is {norm}, so training stops before it reaches the "
-                "weights; --resume goes on from the last checkpoint (try a lower --learning-rate)"
+                f"weights: {advice}; --resume goes on from the last checkpoint, if there is one"
             )
         grad_norms.append(norm)
         run.optimizer.step()
@@ -573,12 +626,13 @@ def log(run, groups, sampled, measured, seconds):
         **measured,
         "groups_trained": len(groups),
         "groups_sampled": len(sampled),
+        "undecided_answers": verify.undecided(),
         "tokens_per_second": sum(lengths) / sum(seconds.values()),
         **{f"seconds/{phase}": value for phase, value in seconds.items()},
         "peak_memory_gb": runs.peak_memory_gb(run.model.device),
     }
     run.rows.append(row)
-    runs.append_jsonl(run.directory / "metrics.jsonl", [row])
+    append_jsonl(run.directory / "metrics.jsonl", [row])
     if run.step % args.log_completions_steps == 0 or run.step in (1, args.steps):
         completions = [
             {
@@ -592,7 +646,7 @@ def log(run, groups, sampled, measured, seconds):
             for group in sampled[:2]
             for s in group[:2]
         ]
-        runs.append_jsonl(run.directory / "completions.jsonl", completions)
+        append_jsonl(run.directory / "completions.jsonl", completions)
     shown = {
         "reward": row["reward"],
         "equal groups": row["frac_reward_zero_std"],
@@ -609,6 +663,19 @@ def log(run, groups, sampled, measured, seconds):
     tqdm.write(f"step {run.step:3d}  {'  '.join(parts)}  {sum(seconds.values()):.1f} s")
 
 
+NO_REWARD = (
+    "not one completion had a reward, so nothing was learned. Look at completions.jsonl: are the "
+    "answers in the form that the reward looks for, and do they end before "
+    "--max-completion-length? If they are, the problems are too hard for this model "
+    "(frac_reward_zero_std is 1): take easier ones, a stronger model, or raise --num-generations"
+)
+
+
+def never_rewarded(rows):
+    """Whether a run of some steps had no reward at all. rows: of metrics.jsonl."""
+    return bool(rows) and not any(row["task_reward"] for row in rows)
+
+
 def train(args):
     """One run: see the top of this file. Returns the rows of metrics.jsonl. Raises UserError."""
     run = set_up(args)
@@ -621,6 +688,7 @@ def train(args):
     bar = tqdm(total=args.steps, initial=run.step, desc=Path(args.algo).stem, disable=None)
     while run.step < args.steps:
         run.step += 1
+        verify.allow(JUDGE_SECONDS)
         clock = [time.perf_counter()]
         groups, sampled = roll_out(run)
         clock.append(time.perf_counter())
@@ -631,9 +699,14 @@ def train(args):
         laps = [end - start for start, end in zip(clock[:-1], clock[1:])]
         log(run, groups, sampled, measured, dict(zip(("sample", "score", "update"), laps)))
         bar.update()
+        if run.step == 10 and never_rewarded(run.rows):
+            tqdm.write(f"note: in 10 steps {NO_REWARD}")
         if run.step == args.steps or (args.save_steps and run.step % args.save_steps == 0):
+            models.check_finite(run.model, f"step {run.step}, nothing is saved")
             runs.save_checkpoint(
                 run.directory,
+                args.run,
+                args.save_total_limit,
                 run.step,
                 run.model,
                 run.tokenizer,
@@ -655,6 +728,8 @@ def main(argv=None):
         f"mean reward {mean(rewards[:3]):.3f} in the first {len(rewards[:3])} steps, "
         f"{mean(rewards[-5:]):.3f} in the last {len(rewards[-5:])}; {time.time() - started:.0f} s"
     )
+    if never_rewarded(rows):
+        print(f"warning: {NO_REWARD}")
     print(
         f"metrics.jsonl, curves.png, completions.jsonl and the checkpoint are in {args.output_dir}"
     )

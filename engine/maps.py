@@ -1,26 +1,14 @@
 """The file of a conflict map: proof that it is whole, and that it is the map of these weights."""
 
-import hashlib
-import json
-
 import torch
 
 from engine.errors import UserError
-
-
-def fingerprint(model):
-    """sha256 over the names, types, shapes and bytes of all weights."""
-    digest = hashlib.sha256()
-    for name, p in model.named_parameters():
-        digest.update(f"{name} {p.dtype} {tuple(p.shape)}".encode())
-        digest.update(p.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+from engine.files import digest, fingerprint, read_json
 
 
 def checksum(content):
     """sha256 over a map, its own checksum left out."""
-    text = json.dumps({**content, "checksum": None}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return digest({**content, "checksum": None})
 
 
 def read_map(path, model):
@@ -29,23 +17,36 @@ def read_map(path, model):
     Raises UserError when there is none, when it is damaged or changed, and when it is the map of
     other weights than the model's.
     """
-    try:
-        content = json.loads(path.read_text())
-        intact = content["checksum"] == checksum(content)
-    except FileNotFoundError:
+    if not path.exists():
         raise UserError(
             f"{path} is not there: run --diagnose first, with the same --model and --output-dir"
-        ) from None
-    except (ValueError, KeyError, TypeError):
-        intact = False
-    if not intact:
+        )
+    content = read_json(path)
+    if content.get("checksum") != checksum(content):
         raise UserError(
             f"{path} is damaged or was changed by hand (its checksum does not fit): "
             "run --diagnose again"
         )
-    if content["fingerprint"] != fingerprint(model):
+    if content.get("fingerprint") != fingerprint(model.named_parameters()):
         raise UserError(
-            f"{path} is the map of other weights ({content['model']}): "
+            f"{path} is the map of other weights ({content.get('model')}): "
             "run --diagnose with this --model first"
         )
     return content
+
+
+def scores_of(path, content, shape):
+    """The C of a map as a tensor [layers, H]. shape: (layers, H) of the model.
+
+    Raises UserError when they are not finite numbers of that shape.
+    """
+    try:
+        scores = torch.tensor(content.get("C"), dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError):
+        scores = torch.empty(0)
+    if scores.shape != shape or not scores.isfinite().all():
+        raise UserError(
+            f"{path} does not hold a score for each of the {shape[0]} x {shape[1]} heads: "
+            "run --diagnose again"
+        )
+    return scores

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import time
 from functools import partial
 from pathlib import Path
@@ -9,10 +10,15 @@ from pathlib import Path
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from engine.errors import UserError
-from engine.runs import ROOT, latest_checkpoint
+from engine.errors import UserError, printable, reason
+from engine.files import read_json
+from engine.runs import ROOT, checkpoints
 
 CHAT_ENDS = ("<|im_end|>", "<|eot_id|>")  # end a chat turn, also where the eos is another token
+OLD_BUFFERS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
+# What a config counts and transformers makes one by one. No model has so many.
+COUNTED = re.compile(r"(num|n)_(\w+_)?(blocks|codebooks|experts|labels|layers?)|depth")
+MOST_COUNTED = 10_000
 OWNERS = {
     "Qwen": "Qwen",
     "Llama-3": "meta-llama",
@@ -45,16 +51,17 @@ def resolve_model(name):
     """What --model means: a directory, a run of train.py (its last checkpoint), or a hub id.
 
     "tiny" is the embedded model, from wherever a script is called. A known owner may be left out:
-    Qwen2.5-1.5B becomes Qwen/Qwen2.5-1.5B. Raises UserError when the name can only be a directory
-    and there is none.
+    Qwen2.5-1.5B becomes Qwen/Qwen2.5-1.5B. A directory is returned with its whole path, since
+    adapters remember the model that they were made for. Raises UserError when the name can only be
+    a directory and there is none.
     """
     if name == "tiny":
         return str(ROOT / "tiny")
-    path = Path(name).expanduser()
-    if path.is_dir():
-        if (path / "config.json").exists():
+    path = Path(os.path.expanduser(name)).absolute()
+    if os.path.isdir(path):  # False for names that no file can have
+        if (path / "config.json").exists() or has_adapters(path):
             return str(path)
-        return str(latest_checkpoint(path) or path)
+        return str([path, *checkpoints(path)][-1])
     if "/" not in name:
         for prefix, owner in OWNERS.items():
             if name.startswith(prefix):
@@ -69,22 +76,48 @@ def resolve_model(name):
 
 def from_hub_or_disk(loader, name, **options):
     """`loader.from_pretrained(name, **options)`. Its many errors become a UserError of one line."""
-    from transformers.utils.logging import disable_progress_bar
+    from transformers.utils.logging import disable_progress_bar, set_verbosity
 
     disable_progress_bar()
-    # The hub's client logs a dozen lines of retries; what went wrong is said below.
+    # The hub's client logs a dozen lines of retries, and transformers quotes a config as it is;
+    # what went wrong is said below.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    set_verbosity(logging.CRITICAL)
     try:
-        return loader.from_pretrained(name, **options)
+        check_counts(name)
+        # The code that a model's folder may bring is never run, and nobody is asked about it.
+        return loader.from_pretrained(name, trust_remote_code=False, **options)
+    except UserError:
+        raise
     except Exception as error:  # of many kinds, from a folder of which anything may be wrong
-        reason = (str(error).strip() or repr(error)).splitlines()[0][:200]
+        why = reason(error)
+        if "ignore_mismatched_sizes" in why:
+            why = "its tensors have other shapes than its config.json says"
         if os.path.isdir(name):
-            raise UserError(f"--model {name} cannot be loaded: {reason}") from error
+            raise UserError(f"--model {name} cannot be loaded: {why}") from error
         raise UserError(
-            f"--model {name}: not on this machine and not to be had from the hub ({reason}); check "
+            f"--model {name}: not on this machine and not to be had from the hub ({why}); check "
             "the name, log in if it is gated (hf auth login), or download it where there is a "
             "network (hf download) and give its directory"
         ) from error
+
+
+def check_counts(name):
+    """Raises UserError when a model's config.json counts a billion layers, and would be a hang.
+
+    name: a directory or a hub id. Raises what transformers raises when a hub id cannot be had.
+    """
+    from transformers import PretrainedConfig
+
+    if os.path.isdir(name):
+        parts = [read_json(Path(name) / "config.json")]
+    else:
+        parts = [PretrainedConfig.get_config_dict(name)[0]]
+    for part in parts:
+        parts += [value for value in part.values() if isinstance(value, dict)]
+        for key, value in part.items():
+            if isinstance(value, int) and value > MOST_COUNTED and COUNTED.fullmatch(key):
+                raise UserError(f"--model {name}: its config.json has {key} {value:.3g}")
 
 
 def load_tokenizer(name):
@@ -92,8 +125,13 @@ def load_tokenizer(name):
     from transformers import AutoTokenizer
 
     if not os.path.isdir(name):  # without a network the search takes most of a minute
-        print(f"looking for {name} in the cache and on the hub", flush=True)
-    return from_hub_or_disk(AutoTokenizer, name)
+        print(f"looking for {printable(name)} in the cache and on the hub", flush=True)
+    tokenizer = from_hub_or_disk(AutoTokenizer, name)
+    try:
+        tokenizer.decode(tokenizer("1 + 1").input_ids)
+    except Exception as error:  # wrong values of its config show first when it is used
+        raise UserError(f"--model {name}: its tokenizer fails: {reason(error)}") from error
+    return tokenizer
 
 
 def has_adapters(name):
@@ -106,35 +144,89 @@ def load_model(name, device, dtype=torch.float32):
 
     Weights are fp32 by default: at a learning rate of 1e-6 an update is lost in the rounding of
     bf16 weights. Adapters of a --lora-rank run are merged into their model.
-    Raises UserError when the model cannot be had.
+    Raises UserError when the model cannot be had, when tensors are missing, left over or of another
+    shape, and when weights are not finite.
     """
     from transformers import AutoModelForCausalLM
 
     if has_adapters(name):
-        try:
-            from peft import AutoPeftModelForCausalLM
-        except ImportError:
-            raise UserError(f"--model {name} holds adapters: pip install peft") from None
-        model = from_hub_or_disk(AutoPeftModelForCausalLM, name, dtype=dtype, use_safetensors=True)
-        model = model.merge_and_unload().requires_grad_(True)
+        model = load_model(base_of_adapters(name), device, dtype)
+        model = add_adapters(model, None, name).merge_and_unload().requires_grad_(True)
     else:
-        model = from_hub_or_disk(AutoModelForCausalLM, name, dtype=dtype, use_safetensors=True)
+        read_json(Path(name) / "generation_config.json")  # transformers ignores a damaged one
+        model, found = from_hub_or_disk(
+            AutoModelForCausalLM,
+            name,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+        check_tensors(name, found["missing_keys"], found["unexpected_keys"])
+    check_finite(model, f"--model {name}")
     return model.to(device).eval()
+
+
+def check_tensors(name, missing, unexpected):
+    """Raises UserError when tensors are missing, which would be random numbers, or left over.
+
+    missing, unexpected: their names. Old checkpoints hold buffers that today's models compute.
+    """
+    unexpected = [key for key in unexpected if not key.endswith(OLD_BUFFERS)]
+    for keys, what in ((missing, "has no tensor"), (unexpected, "has a tensor that is no part of")):
+        if keys:
+            first = ", ".join(sorted(keys)[:3])
+            raise UserError(
+                f"--model {name} {what} {first} ({len(keys)} in all): its weights and its "
+                "config.json do not belong together"
+            )
+
+
+def check_finite(model, what):
+    """Raises UserError when a weight is NaN or infinite. what: whose weights, for the message."""
+    for name, p in model.named_parameters():
+        if not torch.isfinite(p).all():
+            raise UserError(f"{what}: the weights are not finite ({name})")
+
+
+def base_of_adapters(name):
+    """The model that the adapters in a directory were made for: a directory or a hub id.
+
+    A relative directory counts from here or from the adapters. Raises UserError when it is neither.
+    """
+    base = read_json(Path(name) / "adapter_config.json").get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise UserError(f"--model {name}: adapter_config.json does not name the base model")
+    for path in (Path(base), Path(name) / base):
+        if path.is_dir():
+            return str(path)
+    return resolve_model(base)
 
 
 def add_adapters(model, rank, checkpoint=None):
     """The model with LoRA adapters on every linear layer, fresh or from a checkpoint.
 
-    All else is frozen. Raises UserError where peft is not installed.
+    All else is frozen. Raises UserError where peft is not installed, or the adapters do not fit.
     """
     try:
-        from peft import LoraConfig, PeftModel, get_peft_model
+        from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
     except ImportError:
-        raise UserError("--lora-rank needs peft: pip install peft") from None
-    if checkpoint:
-        return PeftModel.from_pretrained(model, checkpoint, is_trainable=True).eval()
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear")
-    return get_peft_model(model, config).eval()
+        raise UserError("adapters need peft: pip install peft") from None
+    if not checkpoint:
+        config = LoraConfig(
+            r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear"
+        )
+        return get_peft_model(model, config).eval()
+    from safetensors import safe_open
+
+    try:
+        adapted = PeftModel.from_pretrained(model, checkpoint, is_trainable=True).eval()
+        with safe_open(Path(checkpoint) / "adapter_model.safetensors", "pt") as file:
+            saved = set(file.keys())
+    except Exception as error:  # of many kinds, as in from_hub_or_disk
+        raise UserError(f"{checkpoint}: its adapters cannot be loaded: {reason(error)}") from error
+    expected = set(get_peft_model_state_dict(adapted))
+    check_tensors(checkpoint, expected - saved, saved - expected)
+    return adapted
 
 
 def recompute_activations(model):
@@ -241,6 +333,7 @@ def stop_token_ids(model, tokenizer):
     """Every token that ends a completion, sorted.
 
     The tokenizer's eos, those of the generation_config, and the chat template's end of turn.
+    Raises UserError when one of them is not a token.
     """
     named = model.generation_config.eos_token_id
     stops = list(named) if isinstance(named, list) else [named]
@@ -248,7 +341,21 @@ def stop_token_ids(model, tokenizer):
     template = str(tokenizer.chat_template or "")
     vocabulary = tokenizer.get_vocab()
     stops += [vocabulary[end] for end in CHAT_ENDS if end in template and end in vocabulary]
-    return sorted({stop for stop in stops if stop is not None})
+    stops = [stop for stop in stops if stop is not None]
+    if not all(type(stop) is int and 0 <= stop < 2**63 for stop in stops):
+        raise UserError(f"the model's eos_token_id {named!r} is not a token, nor a list of tokens")
+    return sorted(set(stops))
+
+
+def check_tokens(model, lists):
+    """Raises UserError when token ids are beyond the model's embedding. lists: of ids."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    largest = max((max(ids, default=0) for ids in lists), default=0)
+    if largest >= rows:
+        raise UserError(
+            f"the tokenizer makes token {largest} and the model knows {rows}: "
+            "the tokenizer is another model's"
+        )
 
 
 def positions_of(model):
@@ -258,11 +365,14 @@ def positions_of(model):
     longer sample would change them for its whole batch.
     """
     config = model.config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None) or 10**9
+    limit = getattr(config, "max_position_embeddings", None)
+    limit = 10**9 if limit is None else limit
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") in ("longrope", "dynamic"):
         original = rope.get("original_max_position_embeddings")
-        return original or getattr(config, "original_max_position_embeddings", None) or limit
+        limit = original or getattr(config, "original_max_position_embeddings", None) or limit
+    if type(limit) is not int or limit < 1:
+        raise UserError(f"the model's config.json says that it has {limit!r} positions")
     return limit
 
 

@@ -1,6 +1,6 @@
 """Pictures of what the tools measure."""
 
-from engine.runs import save_figure
+from engine.files import save_figure
 
 
 def draw_map(content, skipped, path):
@@ -43,8 +43,9 @@ def draw_map(content, skipped, path):
         axis.set(title=title, xlabel="head", ylabel="layer")
         axis.set_xticks(range(0, H, 1 + H // 16))
         axis.set_yticks(range(0, layers, 1 + layers // 16))
+    model = content["model"].replace("$", r"\$")  # which would begin a formula
     figure.suptitle(
-        f"Conflict map of {content['model']}: the {len(skipped)} heads of highest C, "
+        f"Conflict map of {model}: the {len(skipped)} heads of highest C, "
         "which tuning skips, are outlined"
     )
     save_figure(figure, path)

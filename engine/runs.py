@@ -1,147 +1,223 @@
-"""A run's directory: how it is opened, what is written to it, how a run is resumed.
+"""A run's directory: who may write there, what a run leaves, how it is resumed.
 
 train.py leaves args.json, metrics.jsonl (a row a step), completions.jsonl, curves.png and
 checkpoint-STEP/. A checkpoint is one of transformers, and holds what a resume needs besides: the
 optimizer's moments, the state of the random generator, the position in the data. All of it is
 safetensors and JSON, so loading a run cannot execute anything.
+
+A run has an id, in args.json and in its checkpoints. Only what it wrote itself is ever replaced or
+deleted; all else in its directory is the user's.
 """
 
-import json
+import fcntl
 import os
-import shutil
+import re
 import sys
-from contextlib import contextmanager
+import time
+import uuid
 from pathlib import Path
 
-from engine.errors import UserError
+import torch
+
+from engine import files
+from engine.errors import UserError, printable
 
 ROOT = Path(__file__).resolve().parent.parent
+LOGS = {  # what the scripts write to a run's directory, besides args.json and checkpoints
+    "train": ("metrics.jsonl", "completions.jsonl", "curves.png"),
+    "eval": ("samples.jsonl", "results.json"),
+    "cast": ("conflict_map.json", "conflict_map.png", "tuned", "compare.json", "compare.png"),
+}
+CHECKPOINT = re.compile("checkpoint-(0|[1-9][0-9]{0,17})")
+
+
+def is_own(name):
+    """Whether a script may write a file or folder of that name to a run's directory."""
+    names = {"args.json", *(name for names in LOGS.values() for name in names)}
+    return name in names or bool(CHECKPOINT.fullmatch(name))
+
 
 # --------------------------------------------------------------------------------------------------
 # The directory
+
+_locks = {}  # path -> open file. The kernel drops a lock when its process ends, however it ends.
+
+
+def lock(directory):
+    """Keeps other processes from writing to a directory, until this one ends.
+
+    Raises UserError, which names the other process, when one is writing there.
+    """
+    path = Path(directory).resolve() / ".lock"
+    if path in _locks and path.exists():
+        return
+    file = path.open("a+", encoding="utf-8", errors="replace")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        owner = printable(file.read(300).strip())
+        raise UserError(
+            f"--output-dir {directory} is in use by {owner or 'another process'}: "
+            "wait until it has ended, or give another folder"
+        ) from None
+    file.truncate(0)
+    command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    file.write(f"process {os.getpid()} since {time.strftime('%F %T')} ({command[:200]})\n")
+    file.flush()
+    _locks[path] = file
 
 
 def check_writable(directory):
     """Raises UserError when a directory cannot be made or written to. Writes nothing."""
     absolute = Path(directory).absolute()
-    above = next(path for path in (absolute, *absolute.parents) if path.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
+    above = next(path for path in (absolute, *absolute.parents) if os.path.lexists(path))
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         raise UserError(f"--output-dir {directory}: {above} is not a folder that can be written to")
 
 
+def is_fresh(directory):
+    """Whether a directory holds nothing, or nothing but what a killed start has left."""
+    if not directory.exists():
+        return True
+    names = [path.name for path in directory.iterdir() if path.name != ".lock"]
+    leftovers = (files.LEFTOVER.fullmatch(name) for name in names)
+    return all(match and match["state"] == "new" and is_own(match["name"]) for match in leftovers)
+
+
 def check_output_dir(args):
-    """Raises UserError when --output-dir cannot be used for this run. Writes nothing.
+    """Raises UserError when --output-dir cannot be used for this run. Locks it if it is a run.
 
     args: with output_dir, resume, overwrite and script (whose run it is).
     """
-    directory = Path(args.output_dir or "runs")
-    check_writable(directory)
-    fresh = not directory.exists() or not any(directory.iterdir())
-    if args.output_dir is None or args.resume or fresh:
+    if args.output_dir is None:
+        check_writable("runs")
         return
-    if not args.overwrite:
+    directory = Path(args.output_dir)
+    check_writable(directory)
+    if is_fresh(directory):
+        return
+    if not args.resume and not args.overwrite:
         raise UserError(
             f"--output-dir {directory} is not empty: give --resume, --overwrite or another folder"
         )
-    if own_settings(directory).get("script") != args.script:
+    if files.read_json(directory / "args.json").get("script") != args.script:
         raise UserError(
-            f"--overwrite: {directory} does not look like a run of {args.script}.py, "
-            "so it is left alone"
+            f"{directory} does not look like a run of {args.script}.py, so it is left alone"
         )
+    lock(directory)
 
 
 def open_output_dir(args, stem):
-    """Makes the run's directory and returns it.
+    """Makes the run's directory, writes args.json and returns the directory. Call it when all else
+    is ready: it deletes the run that --overwrite replaces.
 
-    It is --output-dir, where an earlier run is gone unless it is resumed, or a fresh runs/STEM-N.
+    The directory is --output-dir, or a fresh runs/STEM-N. args gets `output_dir` and `run`, the id.
     """
     check_output_dir(args)
     if args.output_dir is None:
-        number = 1
-        while Path("runs", f"{stem}-{number}").exists():
-            number += 1
-        args.output_dir = str(Path("runs", f"{stem}-{number}"))
+        args.output_dir = str(make_numbered(stem))
     directory = Path(args.output_dir)
-    if args.overwrite and not args.resume and directory.exists():
-        shutil.rmtree(directory)
     directory.mkdir(parents=True, exist_ok=True)
+    lock(directory)
+    files.tidy(directory, is_own)
+    if args.resume:
+        args.run = settings_of(directory).get("run")
+    else:
+        args.run = uuid.uuid4().hex
+        clear(directory, args.script)
+    files.write_json(directory / "args.json", vars(args))
     return directory
 
 
-def own_settings(directory):
-    """The flags of the run that a directory is; {} where it is none."""
-    path = Path(directory) / "args.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+def open_shared_dir(directory):
+    """Makes and locks a directory in which several commands leave their results. Returns it.
+
+    Raises UserError when another process writes there.
+    """
+    directory = Path(directory)
+    check_writable(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    lock(directory)
+    files.tidy(directory, is_own)
+    return directory
+
+
+def make_numbered(stem):
+    """Makes and returns runs/STEM-N, with the lowest N that is free."""
+    number = 1
+    while True:
+        try:
+            Path("runs", f"{stem}-{number}").mkdir(parents=True)
+        except FileExistsError:
+            number += 1
+        else:
+            return Path("runs", f"{stem}-{number}")
+
+
+def clear(directory, script):
+    """Deletes what the run in a directory wrote, except args.json."""
+    for path in own_checkpoints(directory):
+        files.remove_folder(path)
+    for name in LOGS[script]:
+        (directory / name).unlink(missing_ok=True)
+
+
+def settings_of(directory):
+    """What args.json in a directory says; {} where there is none, or a damaged one."""
+    try:
+        return files.read_json(Path(directory) / "args.json")
+    except (UserError, OSError):
+        return {}
 
 
 def is_embedded(model):
     """Whether --model means the embedded model, or a run or checkpoint that began with it."""
-    if model == "tiny" or Path(model).resolve() == ROOT / "tiny":
+    if model == "tiny" or Path(os.path.realpath(model)) == ROOT / "tiny":  # also a link to itself
         return True
-    settings = own_settings(model) or own_settings(Path(model).parent)
+    settings = settings_of(model) or settings_of(Path(model).parent)
     return settings.get("embedded") is True
 
 
 # --------------------------------------------------------------------------------------------------
-# Files
+# What a run was made of
 
 
-def write_json(path, value):
-    """Writes aside and renames, so that a reader never sees half a file."""
-    path.with_suffix(".tmp").write_text(json.dumps(value, indent=1))
-    os.replace(path.with_suffix(".tmp"), path)
-
-
-def read_jsonl(path):
-    """The rows of a .jsonl file up to the first that is not whole: a run died as it was written."""
-    rows = []
-    text = path.read_text() if path.exists() else ""
-    for line in text.splitlines():
+def digest_of(problems):
+    """sha256 of problems: their tokens, and all else of them that is text, numbers and lists."""
+    parts = []
+    for problem in problems:
         try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-    return rows
+            parts.append(files.digest({str(key): value for key, value in problem.items()}))
+        except (TypeError, ValueError, RecursionError):  # a task file may keep anything in them
+            parts.append(files.digest(problem["prompt_ids"]))
+    return files.digest(parts)
 
 
-def write_jsonl(path, rows):
-    """Writes a line a row, aside, and renames."""
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    path.with_suffix(".tmp").write_text(text)
-    os.replace(path.with_suffix(".tmp"), path)
+def digest_of_code(*names):
+    """sha256 of those of the names that are Python files of the user; None where none is."""
+    files_of_code = [Path(name) for name in names if name.endswith(".py")]
+    if not files_of_code:
+        return None
+    return files.digest([path.read_text(encoding="utf-8") for path in files_of_code])
 
 
-def append_jsonl(path, rows):
-    """Appends a line a row."""
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    with path.open("a") as file:
-        file.write(text)
+def check_same(args, now):
+    """Compares what a resumed run is made of with what it was begun with; sets args.digests.
 
-
-@contextmanager
-def replacing(directory):
-    """A new folder beside `directory`, which takes its place at the end.
-
-    What fails half-way replaces nothing.
+    now: dict what -> digest; None for what was not needed this time.
+    Raises UserError when something has changed.
     """
-    staging = directory.with_name(directory.name + ".tmp")
-    shutil.rmtree(staging, ignore_errors=True)
-    try:
-        yield staging
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
-    shutil.rmtree(directory, ignore_errors=True)
-    os.rename(staging, directory)
-
-
-def save_figure(figure, path):
-    """Writes a PNG aside and renames it."""
-    from matplotlib import pyplot
-
-    figure.savefig(path.with_suffix(".tmp.png"), dpi=110)
-    pyplot.close(figure)
-    os.replace(path.with_suffix(".tmp.png"), path)
+    before = {}
+    if args.resume:
+        before = settings_of(args.output_dir).get("digests") or {}
+    for what, value in now.items():
+        if value and before.get(what, value) != value:
+            raise UserError(
+                f"--resume: the {what} of {args.output_dir} changed since it began, so old and new "
+                "results would be mixed: put them back, or begin again (--overwrite)"
+            )
+    args.digests = {**before, **{what: value for what, value in now.items() if value}}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -149,19 +225,28 @@ def save_figure(figure, path):
 
 
 def checkpoints(directory):
-    """The folders checkpoint-N in a run's directory, by rising N. Other names are the user's."""
+    """The folders checkpoint-N in a directory, by rising N. Other names are the user's."""
     found = []
     for path in Path(directory).glob("checkpoint-*"):
-        step = path.name.removeprefix("checkpoint-")
-        if step.isdecimal() and path.is_dir() and not path.is_symlink():
-            found.append((int(step), path))
+        match = CHECKPOINT.fullmatch(path.name)
+        if match and path.is_dir() and not path.is_symlink():
+            found.append((int(match[1]), path))
     return [path for _, path in sorted(found)]
 
 
-def latest_checkpoint(directory):
-    """The checkpoint-N of the highest N in a run's directory, or None."""
-    found = checkpoints(directory)
-    return found[-1] if found else None
+def own_checkpoints(directory):
+    """Those of them that the run in this directory wrote."""
+    run = settings_of(directory).get("run")
+    return [path for path in checkpoints(directory) if is_checkpoint_of(run, path)]
+
+
+def is_checkpoint_of(run, path):
+    """Whether a folder is a whole checkpoint of the run of that id."""
+    try:
+        saved = files.read_json(path / "trainer.json")
+    except UserError:
+        return True  # a damaged one: a resume must say so, and not go back to an older one
+    return "step" in saved and saved.get("run") == run
 
 
 def rewind(directory, step):
@@ -170,46 +255,105 @@ def rewind(directory, step):
     Returns the rows of metrics.jsonl.
     """
     for name in ("completions.jsonl", "metrics.jsonl"):
-        rows = [row for row in read_jsonl(directory / name) if row["step"] <= step]
-        write_jsonl(directory / name, rows)
+        rows = files.read_jsonl(directory / name)
+        rows = [row for row in rows if isinstance(row.get("step"), int) and row["step"] <= step]
+        if name == "metrics.jsonl":
+            rows = [row for row in rows if is_metrics(row)]
+        files.write_jsonl(directory / name, rows)
+    if len(rows) < step:
+        print(f"note: metrics.jsonl is damaged; it has {len(rows)} of the first {step} steps")
     return rows
 
 
-def save_checkpoint(directory, step, model, tokenizer, optimizer, generator, cursor):
-    """Writes checkpoint-STEP and deletes the older ones.
+def is_metrics(row):
+    """Whether a dict is a row of metrics.jsonl, and not a damaged one: numbers, and the rewards."""
+    rewards = (row.get("reward"), row.get("task_reward"))
+    numbers = all(value is None or isinstance(value, int | float) for value in row.values())
+    return numbers and None not in rewards
 
-    generator: the sampler's; cursor: how many problems were taken so far (see tasks.take).
+
+def save_checkpoint(directory, run, limit, step, model, tokenizer, optimizer, generator, cursor):
+    """Writes checkpoint-STEP and deletes the run's oldest ones, so that `limit` are left.
+
+    run: the run's id; generator: the sampler's; cursor: how many problems were taken so far (see
+    tasks.take). Raises UserError, and leaves all as it was, when checkpoint-STEP is another's, or
+    the moments are not finite.
     """
     from safetensors.torch import save_file
 
     final = directory / f"checkpoint-{step}"
+    if os.path.lexists(final) and final not in own_checkpoints(directory):
+        raise UserError(f"{final} is not of this run: move it away, then go on with --resume")
     tensors = {"generator": generator.get_state()}
     for index, state in optimizer.state_dict()["state"].items():
         for key, value in state.items():
             tensors[f"{key}.{index}"] = value
-    with replacing(final) as folder:
+            if not torch.isfinite(value).all():
+                raise UserError(
+                    f"step {step}: the optimizer's moments are not finite, so nothing is saved: "
+                    "lower --max-grad-norm"
+                )
+    with files.replacing(final) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         save_file(tensors, folder / "trainer.safetensors")
-        write_json(folder / "trainer.json", {"step": step, "cursor": cursor})
-    for path in checkpoints(directory):
-        if path != final:
-            shutil.rmtree(path)
+        moments = len(optimizer.state)  # fewer than parameters, where one had no gradient yet
+        saved = {"step": step, "cursor": cursor, "run": run, "moments": moments}
+        files.write_json(folder / "trainer.json", saved)
+    keep_newest(directory, limit)
+
+
+def keep_newest(directory, limit):
+    """Deletes the run's oldest checkpoints, so that `limit` are left."""
+    for path in own_checkpoints(directory)[:-limit]:
+        files.remove_folder(path)
 
 
 def load_trainer_state(path, optimizer, generator):
-    """Restores the optimizer's moments and the generator. Returns (step, cursor)."""
+    """Restores the optimizer's moments and the generator. Returns (step, cursor).
+
+    Raises UserError when they are damaged, or of another model.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    tensors = load_file(path / "trainer.safetensors")
-    generator.set_state(tensors.pop("generator"))
-    state = optimizer.state_dict()  # its groups are the new run's: the learning rate may change
-    for name, tensor in tensors.items():
-        key, index = name.rsplit(".", 1)
-        state["state"].setdefault(int(index), {})[key] = tensor
+    saved = files.read_json(path / "trainer.json")
+    step, cursor = saved.get("step"), saved.get("cursor")
+    try:
+        tensors = load_file(path / "trainer.safetensors")
+        generator.set_state(tensors.pop("generator"))
+        state = optimizer.state_dict()  # its groups are the new run's: the learning rate may change
+        for name, tensor in tensors.items():
+            key, index = name.rsplit(".", 1)
+            state["state"].setdefault(int(index), {})[key] = tensor
+        parameters = dict(enumerate(optimizer.param_groups[0]["params"]))
+        whole = all(fits(own, parameters[index]) for index, own in state["state"].items())
+        whole = whole and len(state["state"]) == saved.get("moments")
+        whole = whole and type(step) is type(cursor) is int and min(step, cursor) >= 0
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError):
+        whole = False
+    if not whole:
+        raise UserError(
+            f"{path}: trainer.safetensors or trainer.json is damaged: delete this checkpoint to go "
+            "on from the one before it (or from the start)"
+        )
     optimizer.load_state_dict(state)
-    saved = json.loads((path / "trainer.json").read_text())
-    return saved["step"], saved["cursor"]
+    return step, cursor
+
+
+def fits(state, parameter):
+    """Whether a state is AdamW's for a parameter. AdamW does not look: it would write past the end
+    of moments of another shape.
+    """
+    if state.keys() != {"step", "exp_avg", "exp_avg_sq"}:
+        return False
+    step = state["step"]
+    moments = (state["exp_avg"], state["exp_avg_sq"])
+    return (
+        (step.shape, step.dtype) == ((), torch.float32)
+        and all((m.shape, m.dtype) == (parameter.shape, parameter.dtype) for m in moments)
+        and all(bool(tensor.isfinite().all()) for tensor in state.values())
+    )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -219,8 +363,6 @@ def load_trainer_state(path, optimizer, generator):
 def peak_memory_gb(device):
     """The most memory that this process has held: of the GPU where there is one, else in all."""
     import resource
-
-    import torch
 
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9

@@ -25,9 +25,10 @@ from tqdm import tqdm
 
 import cast
 from engine.errors import UserError, run_script
+from engine.files import save_figure, write_json
 from engine.flags import non_negative_float, positive_int
 from engine.heads import trained_masks, update_of, weights_of
-from engine.runs import save_figure, write_json
+from engine.runs import open_shared_dir
 
 # Three times the learning rate of --tune. At the gentle one tuning costs the embedded model nothing
 # but over-refusal, so there would be nothing to compare.
@@ -308,7 +309,7 @@ def main(argv=None):
 
     answers = [answer(results, key) for key in ("offtopic_nll", "total_nll", "over_refusal")]
     record = {"flags": vars(args), "matched_nll": levels, "answers": answers, "seeds": results}
-    directory.mkdir(parents=True, exist_ok=True)
+    open_shared_dir(directory)
     write_json(directory / "compare.json", record)
     draw_frontier(results, directory / "compare.png")
     matched = ", ".join(f"{level:.2g}" for level in levels)

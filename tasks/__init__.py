@@ -90,7 +90,7 @@ def import_file(path, flag="--data"):
 
     flag: that named it, for the message.
     """
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         raise UserError(f"{flag} {path}: there is no such file")
     name = f"task file {path}"  # not the name of anything that can be imported
     spec = importlib.util.spec_from_file_location(name, path)
@@ -128,7 +128,7 @@ def guarded(path, what, function, *arguments):
         return function(*arguments)
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # also sys.exit(0), which would look like success
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == os.path.abspath(path)]
         where = f"{path}, line {lines[-1]}" if lines else path

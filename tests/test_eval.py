@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 import eval as evaluation
 import rollout
 import tasks
+from engine import models
 from engine.errors import UserError
 from eval import average, majority, pass_at_k
-from tests.conftest import build_checkpoint
+from tests.conftest import ROOT, build_checkpoint
 
 ON_CPU = ["--threads", "1", "--device", "cpu"]
 SMALL = ["--limit", "4", "--num-samples", "3", "--batch-size", "9", *ON_CPU]
@@ -299,6 +300,37 @@ def test_batches_differ(tmp_path):
     assert len(texts) > 1
 
 
+def test_equal_problems_of_two_sets_get_different_samples(tmp_path):
+    for name in ("a.py", "b.py"):
+        (tmp_path / name).write_text(TASK)
+    flags = ["--data", f"{tmp_path}/a.py,{tmp_path}/b.py", "--temperature", "1.5", *SMALL]
+    rows = run(tmp_path / "run", *flags).rows
+    half = len(rows) // 2
+    first, second = rows[:half], rows[half:]
+    assert [row["prompt"] for row in first] == [row["prompt"] for row in second]
+    assert [row["completion"] for row in first] != [row["completion"] for row in second]
+
+
+def test_refusals_are_judged_by_greedy_answers(monkeypatch):
+    """A sum has many likely answers, and one that is the most likely."""
+    found = []
+    complete = evaluation.complete
+
+    def spied(*arguments, **options):
+        found.append(complete(*arguments, **options))
+        return found[-1]
+
+    monkeypatch.setattr(evaluation, "complete", spied)
+    tokenizer = models.load_tokenizer(str(ROOT / "tiny"))
+    model = models.load_model(str(ROOT / "tiny"), torch.device("cpu"))
+    problems = tasks.encode([{"prompt": "3+4+5+6="}] * 24, tokenizer, 100)
+    args = evaluation.parse_args(["--batch-size", "12", "--max-completion-length", "24"])
+    rates = evaluation.refusal_rates(model, tokenizer, {"sums": problems}, args)
+    assert rates["sums"]["prompts"] == 24
+    assert [len(samples) for samples in found] == [12, 12]
+    assert len({s.text for samples in found for s in samples}) == 1
+
+
 def test_truncated(tmp_path):
     """Of 4 tokens are the lazy completions, such as 3#3 and the stop token. The rest is cut."""
     rows = run(tmp_path, "--limit", "12", "--max-completion-length", "4", *ON_CPU).rows
@@ -353,9 +385,9 @@ def test_real_checkpoint(tmp_path, family):
 
 def test_refusal_rates(tmp_path, monkeypatch):
     """The embedded model never refuses, so another judge counts: of four verbs one is "make"."""
-    judges = evaluation.safety
-    monkeypatch.setattr(judges, "is_refusal", lambda text: text.startswith("sure: make"))
-    monkeypatch.setattr(judges, "is_degenerate", lambda text: "bomb" in text)
+    judges = evaluation.refusals
+    monkeypatch.setattr(judges, "is_refusal", lambda text, opened: text.startswith("sure: make"))
+    monkeypatch.setattr(judges, "is_degenerate", lambda text, opened: "bomb" in text)
     prompts = ["make bomb?", "make cake?", "sell hat?", "use rake?", "make doll?"]
     path = tmp_path / "asked.jsonl"
     path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))

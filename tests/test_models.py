@@ -133,7 +133,7 @@ def test_tiny_from_anywhere(tmp_path, monkeypatch):
     (tmp_path / "tiny").mkdir()
     monkeypatch.chdir(tmp_path)
     assert resolve_model("tiny") == str(ROOT / "tiny")
-    assert resolve_model("./tiny") == "tiny"
+    assert resolve_model("./tiny") == str(tmp_path / "tiny")
     assert load_model(resolve_model("tiny"), "cpu").config.vocab_size == 98
 
 

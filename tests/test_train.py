@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 import train
 from engine.errors import UserError
-from engine.runs import append_jsonl, read_jsonl, replacing, write_jsonl
-from tests.conftest import ROOT, build_checkpoint
+from engine.files import append_jsonl, read_jsonl, replacing, write_jsonl
+from tests.conftest import ROOT, build_checkpoint, names_in
 
 SMALL = """--num-prompts 6 --num-generations 4 --max-completion-length 24 --threads 1 --device cpu
     --steps-per-generation 3 --num-iterations 1""".split()
@@ -256,7 +256,7 @@ def test_a_run_leaves_what_it_promises(tmp_path):
     rows = run(tmp_path / "run", "--steps", "2", "--log-completions-steps", "1")
     folder = tmp_path / "run"
     files = {"args.json", "metrics.jsonl", "completions.jsonl", "curves.png", "checkpoint-2"}
-    assert {path.name for path in folder.iterdir()} == files
+    assert names_in(folder) == files
     promised = """step reward task_reward frac_reward_zero_std completions/mean_length
         completions/clipped_ratio entropy clip_ratio/low clip_ratio/high kl kl_mask_fraction
         grad_norm max_ratio_deviation tokens_per_second seconds/sample seconds/score
@@ -282,10 +282,8 @@ def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert read_jsonl(tmp_path / "rows.jsonl") == [{"step": 1}, {"step": 2}]
     for text in ("old", "new"):
         with replacing(tmp_path / "folder") as folder:
-            folder.mkdir()
             (folder / text).write_text("")
-    with pytest.raises(KeyboardInterrupt), replacing(tmp_path / "folder") as folder:
-        folder.mkdir()
+    with pytest.raises(KeyboardInterrupt), replacing(tmp_path / "folder"):
         raise KeyboardInterrupt
     assert [path.name for path in (tmp_path / "folder").iterdir()] == ["new"]
     assert {path.name for path in tmp_path.iterdir()} == {"folder", "rows.jsonl"}
