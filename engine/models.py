@@ -198,7 +198,10 @@ def base_of_adapters(name):
         raise UserError(f"--model {name}: adapter_config.json does not name the base model")
     for path in (Path(base), Path(name) / base):
         if path.is_dir():
-            return str(path)
+            base = str(path)
+            break
+    if has_adapters(base):  # perhaps themselves, without end
+        raise UserError(f"--model {name}: its base model {base} holds adapters, too")
     return resolve_model(base)
 
 

@@ -64,7 +64,9 @@ def plot_curves(rows, path):
         "share of tokens": ["clip_ratio/low", "clip_ratio/high", "kl_mask_fraction"],
         "completion length (tokens)": ["completions/mean_length"],
     }
-    figure, axes = pyplot.subplots(1, 4, figsize=(16, 3.4), layout="constrained")
+    figure, axes = pyplot.subplots(1, 4, figsize=(16, 3.4))
+    # Fixed margins: a layout that is computed draws everything twice, at every checkpoint.
+    figure.subplots_adjust(left=0.03, right=0.99, bottom=0.15, top=0.9, wspace=0.16)
     for axis, (title, keys) in zip(axes, panels.items()):
         shown = [key for key in keys if any(row.get(key) is not None for row in rows)]
         for key, style in zip(shown, ("-", "--", ":")):

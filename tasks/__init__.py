@@ -273,7 +273,8 @@ def render_limits():
         raise TimeoutError(f"not ready after {RENDER_SECONDS} seconds")
 
     handler = signal.signal(signal.SIGALRM, stop)
-    timer = signal.setitimer(signal.ITIMER_REAL, RENDER_SECONDS)
+    # Again and again: Python swallows what is raised while it drops a weak reference.
+    timer = signal.setitimer(signal.ITIMER_REAL, RENDER_SECONDS, 0.1)
     try:
         with memory_limit():
             yield

@@ -14,8 +14,8 @@ from engine.errors import UserError
 from engine.files import append_jsonl, read_jsonl, replacing, write_jsonl
 from tests.conftest import ROOT, build_checkpoint, names_in
 
-SMALL = """--num-prompts 6 --num-generations 4 --max-completion-length 24 --threads 1 --device cpu
-    --steps-per-generation 3 --num-iterations 1""".split()
+SMALL = f"""--data {ROOT}/tests/sums.py --num-prompts 6 --num-generations 4 --threads 1
+    --max-completion-length 24 --device cpu --steps-per-generation 3 --num-iterations 1""".split()
 NOISY = ("seconds", "tokens_per_second", "peak_memory_gb")  # differ between runs of the same sums
 
 
