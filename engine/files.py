@@ -129,7 +129,7 @@ def read_json(path):
     """The dict in a JSON file; {} where there is none. Raises UserError for a damaged one."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except (ValueError, RecursionError):  # also bytes that are no text
         content = None

@@ -1,5 +1,6 @@
 """A model and the machine it runs on: device, weights, threads, memory, stop tokens."""
 
+import copy
 import logging
 import os
 import re
@@ -24,6 +25,8 @@ OWNERS = {
     "Llama-3": "meta-llama",
     "Mistral-": "mistralai",
     "DeepSeek-R1-Distill": "deepseek-ai",
+    "SmolLM2": "HuggingFaceTB",
+    "gemma-3-": "google",
 }
 
 
@@ -48,7 +51,8 @@ def pick_device(name="auto"):
 
 
 def resolve_model(name):
-    """What --model means: a directory, a run of train.py (its last checkpoint), or a hub id.
+    """What --model means: a directory, a run of train.py (its last checkpoint), a .gguf file or a
+    folder with one, or a hub id.
 
     "tiny" is the embedded model, from wherever a script is called. A known owner may be left out:
     Qwen2.5-1.5B becomes Qwen/Qwen2.5-1.5B. A directory is returned with its whole path, since
@@ -61,7 +65,11 @@ def resolve_model(name):
     if os.path.isdir(path):  # False for names that no file can have
         if (path / "config.json").exists() or has_adapters(path):
             return str(path)
-        return str([path, *checkpoints(path)][-1])
+        return str([path, *checkpoints(path), *only_gguf(path)][-1])
+    if is_gguf(name):
+        if not os.path.isfile(path):
+            raise UserError(f"--model {name}: there is no such file")
+        return str(path)
     if "/" not in name:
         for prefix, owner in OWNERS.items():
             if name.startswith(prefix):
@@ -74,8 +82,28 @@ def resolve_model(name):
     return name
 
 
+def is_gguf(name):
+    """Whether a name is that of a GGUF file, in which llama.cpp keeps a whole model."""
+    return str(name).endswith(".gguf")
+
+
+def only_gguf(folder):
+    """The .gguf file in a folder, as a list; [] where there is none. Raises UserError for several.
+
+    They would be one model in several precisions.
+    """
+    found = sorted(path for path in folder.iterdir() if is_gguf(path))
+    if len(found) > 1:
+        names = ", ".join(path.name for path in found[:4])
+        raise UserError(f"--model {folder} holds several GGUF files ({names}): name one of them")
+    return found
+
+
 def from_hub_or_disk(loader, name, **options):
-    """`loader.from_pretrained(name, **options)`. Its many errors become a UserError of one line."""
+    """`loader.from_pretrained(name, **options)`. Its many errors become a UserError of one line.
+
+    name: a directory, a .gguf file or a hub id.
+    """
     from transformers.utils.logging import disable_progress_bar, set_verbosity
 
     disable_progress_bar()
@@ -84,6 +112,10 @@ def from_hub_or_disk(loader, name, **options):
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     set_verbosity(logging.CRITICAL)
     try:
+        if is_gguf(name):
+            options["gguf_file"] = os.path.basename(name)
+            name = os.path.dirname(name)
+            require_gguf()
         check_counts(name)
         # The code that a model's folder may bring is never run, and nobody is asked about it.
         return loader.from_pretrained(name, trust_remote_code=False, **options)
@@ -100,6 +132,14 @@ def from_hub_or_disk(loader, name, **options):
             "the name, log in if it is gated (hf auth login), or download it where there is a "
             "network (hf download) and give its directory"
         ) from error
+
+
+def require_gguf():
+    """Raises UserError where the package that reads GGUF files is not installed."""
+    try:
+        import gguf  # noqa: F401
+    except ImportError:
+        raise UserError("a .gguf file needs: pip install gguf") from None
 
 
 def check_counts(name):
@@ -124,7 +164,7 @@ def load_tokenizer(name):
     """The tokenizer of a directory or a hub id. Raises UserError when it cannot be had."""
     from transformers import AutoTokenizer
 
-    if not os.path.isdir(name):  # without a network the search takes most of a minute
+    if not os.path.exists(name):  # without a network the search takes most of a minute
         print(f"looking for {printable(name)} in the cache and on the hub", flush=True)
     tokenizer = from_hub_or_disk(AutoTokenizer, name)
     try:
@@ -162,8 +202,25 @@ def load_model(name, device, dtype=torch.float32):
             output_loading_info=True,
         )
         check_tensors(name, found["missing_keys"], found["unexpected_keys"])
+        if is_gguf(name):
+            model = plain_copy(model)
     check_finite(model, f"--model {name}")
     return model.to(device).eval()
+
+
+def plain_copy(model):
+    """A model as transformers makes it from a config: one that was read from GGUF cannot be saved.
+
+    Its weights are full numbers already.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = copy.deepcopy(model.config)
+    del config.quantization_config
+    plain = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
+    plain.load_state_dict(model.state_dict())
+    plain.generation_config = model.generation_config
+    return plain
 
 
 def check_tensors(name, missing, unexpected):
