@@ -562,13 +562,13 @@ def run_diagnose(args, model, tokenizer, heads):
     sets = load_sets(args, tokenizer, args.seed)
     check_sets(model, sets)
     safe = sets.safe[: args.examples]  # the rest is for tuning
+    directory = open_shared_dir(args.output_dir)
     found = diagnose(model, safe, sets.util, heads, args)
     if not found.map.C.isfinite().all():
         raise UserError("gradients or losses of this model are not finite, so there is no map")
     content = map_content(args, model, safe, sets.util, found)
     order = ranked(content["C"])
     skipped = order[: number_skipped(args, heads)]
-    directory = open_shared_dir(args.output_dir)
     draw_map(content, skipped, directory / "conflict_map.png")
     write_json(directory / "conflict_map.json", content)
 
@@ -605,7 +605,8 @@ def run_tune(args, model, tokenizer, heads):
     content = read_map(directory / "conflict_map.json", model)
     scores = scores_of(directory / "conflict_map.json", content, heads.shape)
     open_shared_dir(directory)
-    if os.path.lexists(target) and settings_of(target).get("script") != "cast":
+    own = settings_of(target).get("script") == "cast" and not target.is_symlink()
+    if os.path.lexists(target) and not own:
         raise UserError(f"{target} is not of cast.py, so it is not replaced: move it away")
     for key in ("seed", "safety_data", "train_kv"):
         if content.get(key) != getattr(args, key):

@@ -466,7 +466,8 @@ def main(argv=None):
     check_fit(model, tokenizer, data_sets, asked, args)
     models.set_threads(model, device, args.threads)
     made_of = {f"problems of {d.name}": runs.digest_of(d.problems) for d in data_sets}
-    made_of["weights of --model"] = fingerprint(model.named_parameters())
+    made_of[f"weights of --model in {dtype}"] = fingerprint(model.named_parameters())
+    args.checkpoint = model_name  # what --model has led to
     made_of["own code"] = runs.digest_of_code(*names)
     runs.check_same(args, made_of)
     directory = runs.open_output_dir(args, "eval")
@@ -484,8 +485,6 @@ def main(argv=None):
         "results": results,
         "first_prompts": {d.name: tasks.render(d.problems[0], tokenizer)[0] for d in data_sets},
         "args": vars(args),
-        "checkpoint": model_name,
-        "digests": args.digests,
         "versions": versions,
     }
     write_json(directory / "results.json", record)  # before what may still fail

@@ -329,18 +329,21 @@ class Run:
 
 def load_policy(args, name, device, dtype, resumed):
     """The model to train. name: of its weights; resumed: the checkpoint to go on from, or None."""
+    args.base = None  # of adapters: which model they are for
     if not args.lora_rank:
         return models.load_model(str(resumed or name), device, dtype)
     if models.has_adapters(name):
         raise UserError(f"--lora-rank: {name} holds adapters itself: --resume that run instead")
     torch.manual_seed(args.seed)
-    return models.add_adapters(models.load_model(name, device, dtype), args.lora_rank, resumed)
+    model = models.load_model(name, device, dtype)
+    args.base = models.base_digest(model)
+    return models.add_adapters(model, args.lora_rank, resumed)
 
 
 def start_digest(args, model, reference, resumed):
     """The digest of the weights that a run began with; None where a resume does not need them."""
     if args.lora_rank:
-        return fingerprint((n, p) for n, p in model.named_parameters() if not p.requires_grad)
+        return args.base
     if reference is not None:
         return fingerprint(reference.named_parameters())
     return None if resumed else fingerprint(model.named_parameters())
@@ -351,8 +354,12 @@ def set_up(args):
     runs.check_output_dir(args)
     device = models.pick_device(args.device)
     name = models.resolve_model(args.model)
-    resumed = runs.own_checkpoints(args.output_dir)[-1:] if args.resume else []
-    resumed = resumed[0] if resumed else None
+    runs.check_not_inside(args, name)
+    args.checkpoint = name  # what --model has led to
+    resumed = None
+    if args.resume:
+        found = runs.own_checkpoints(args.output_dir, damaged=True)
+        resumed = found[-1] if found else None
     tokenizer = models.load_tokenizer(name)
     task = tasks.load(args.data, "train", args.data_root, args.judge_thoughts)
     problems = tasks.encode(task.problems, tokenizer, args.max_prompt_length)
@@ -393,9 +400,11 @@ def set_up(args):
     made_of = {
         "problems": runs.digest_of(problems),
         "own code": runs.digest_of_code(args.algo, args.data),
-        "start weights": start_digest(args, model, reference, resumed),
+        f"start weights in {dtype}": start_digest(args, model, reference, resumed),
     }
     runs.check_same(args, made_of)
+    if args.output_dir is not None:
+        runs.check_room(args.output_dir, step, args.steps)
     # Nothing was written or deleted before this line. No flag can be wrong behind it.
     directory = runs.open_output_dir(args, f"{Path(args.algo).stem}-{Path(args.model).name}")
     rows = runs.rewind(directory, step)
@@ -705,8 +714,7 @@ def train(args):
             models.check_finite(run.model, f"step {run.step}, nothing is saved")
             runs.save_checkpoint(
                 run.directory,
-                args.run,
-                args.save_total_limit,
+                args,
                 run.step,
                 run.model,
                 run.tokenizer,

@@ -1,8 +1,9 @@
-"""Files: written aside, forced to the disk, renamed. Whoever reads sees the old one or the new one.
+"""Files: written aside, forced to the disk, renamed.
 
-A kill at any moment, a full disk and a power cut leave whole files and folders. What was appended
-to a .jsonl file is on the disk when `append_jsonl` returns; half a last row is left out when it is
-read. Beside NAME there may stand, for a moment or after a kill:
+A kill at any moment, a full disk and a power cut leave the old or the new, whole. (A folder cannot
+take the place of another in one step: between two renames there is neither, which `tidy` mends.)
+What was appended to a .jsonl file is on the disk when `append_jsonl` returns; half a last row is
+left out when it is read. Beside NAME there may stand, for a moment or after a kill:
 
     .NAME.new    being written, not whole
     .NAME.old    a whole folder, while .NAME.new takes its place
@@ -100,7 +101,10 @@ def remove_folder(path, gone=None):
     gone = gone or beside(path, "gone")
     shutil.rmtree(gone, ignore_errors=True)
     os.rename(path, gone)
-    shutil.rmtree(gone)
+    if gone.is_symlink():
+        gone.unlink()
+    else:
+        shutil.rmtree(gone)
 
 
 def tidy(directory, is_own):
@@ -115,7 +119,7 @@ def tidy(directory, is_own):
         target = path.with_name(match["name"])
         if match["state"] == "old" and not target.exists():
             os.rename(path, target)
-        elif path.is_dir():
+        elif path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink()

@@ -155,7 +155,7 @@ def resumed_flags(output_dir, script):
         or any("\0" in text for text in texts)
     ):
         raise UserError(f"{path} is damaged: it is not what {script}.py wrote")
-    own = ("script", "resume", "overwrite", "output_dir", "embedded", "run", "digests")
+    own = "script resume overwrite output_dir embedded run digests base checkpoint".split()
     return {key: value for key, value in saved.items() if key not in own}
 
 

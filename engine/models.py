@@ -12,8 +12,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from engine.errors import UserError, printable, reason
-from engine.files import read_json
-from engine.runs import ROOT, checkpoints
+from engine.files import fingerprint, read_json
+from engine.runs import ROOT, checkpoints, own_checkpoints, settings_of
 
 CHAT_ENDS = ("<|im_end|>", "<|eot_id|>")  # end a chat turn, also where the eos is another token
 OLD_BUFFERS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
@@ -65,7 +65,9 @@ def resolve_model(name):
     if os.path.isdir(path):  # False for names that no file can have
         if (path / "config.json").exists() or has_adapters(path):
             return str(path)
-        return str([path, *checkpoints(path), *only_gguf(path)][-1])
+        found = own_checkpoints(path) if "run" in settings_of(path) else checkpoints(path)
+        found = found or only_gguf(path)
+        return str(found[-1] if found else path)
     if is_gguf(name):
         if not os.path.isfile(path):
             raise UserError(f"--model {name}: there is no such file")
@@ -191,6 +193,12 @@ def load_model(name, device, dtype=torch.float32):
 
     if has_adapters(name):
         model = load_model(base_of_adapters(name), device, dtype)
+        base = read_json(Path(name) / "trainer.json").get("base")
+        if base and base != base_digest(model) and base.startswith(str(dtype)):
+            raise UserError(
+                f"--model {name}: its base model {base_of_adapters(name)} has changed since these "
+                "adapters were trained"
+            )
         model = add_adapters(model, None, name).merge_and_unload().requires_grad_(True)
     else:
         read_json(Path(name) / "generation_config.json")  # transformers ignores a damaged one
@@ -243,6 +251,11 @@ def check_finite(model, what):
     for name, p in model.named_parameters():
         if not torch.isfinite(p).all():
             raise UserError(f"{what}: the weights are not finite ({name})")
+
+
+def base_digest(model):
+    """The type of a model's weights and their fingerprint, as a text."""
+    return f"{model.dtype} {fingerprint(model.named_parameters())}"
 
 
 def base_of_adapters(name):

@@ -54,7 +54,10 @@ def lock(directory):
     file = path.open("a+", encoding="utf-8", errors="replace")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except OSError as error:
+        if not isinstance(error, BlockingIOError):
+            print(f"note: this file system has no locks, so nothing guards {directory}")
+            return
         file.seek(0)
         owner = printable(file.read(300).strip())
         raise UserError(
@@ -93,6 +96,8 @@ def check_output_dir(args):
     if args.output_dir is None:
         check_writable("runs")
         return
+    if args.resume and args.overwrite:
+        raise UserError("--resume goes on with a run and --overwrite replaces it: give one of them")
     directory = Path(args.output_dir)
     check_writable(directory)
     if is_fresh(directory):
@@ -175,7 +180,9 @@ def is_embedded(model):
     """Whether --model means the embedded model, or a run or checkpoint that began with it."""
     if model == "tiny" or Path(os.path.realpath(model)) == ROOT / "tiny":  # also a link to itself
         return True
-    settings = settings_of(model) or settings_of(Path(model).parent)
+    settings = settings_of(model)
+    if CHECKPOINT.fullmatch(Path(model).name) and os.path.isdir(model):
+        settings = settings_of(Path(model).parent)
     return settings.get("embedded") is True
 
 
@@ -196,10 +203,8 @@ def digest_of(problems):
 
 def digest_of_code(*names):
     """sha256 of those of the names that are Python files of the user; None where none is."""
-    files_of_code = [Path(name) for name in names if name.endswith(".py")]
-    if not files_of_code:
-        return None
-    return files.digest([path.read_text(encoding="utf-8") for path in files_of_code])
+    contents = [Path(name).read_bytes().hex() for name in names if name.endswith(".py")]
+    return files.digest(contents) if contents else None
 
 
 def check_same(args, now):
@@ -234,19 +239,46 @@ def checkpoints(directory):
     return [path for _, path in sorted(found)]
 
 
-def own_checkpoints(directory):
-    """Those of them that the run in this directory wrote."""
+def own_checkpoints(directory, damaged=False):
+    """Those of them that the run in this directory wrote.
+
+    damaged: with those of which nobody can say. A resume must look at them and not go back to an
+    older one; they may not be deleted.
+    """
     run = settings_of(directory).get("run")
-    return [path for path in checkpoints(directory) if is_checkpoint_of(run, path)]
+    return [path for path in checkpoints(directory) if is_checkpoint_of(run, path, damaged)]
 
 
-def is_checkpoint_of(run, path):
-    """Whether a folder is a whole checkpoint of the run of that id."""
+def is_checkpoint_of(run, path, damaged):
+    """Whether a folder is a checkpoint of the run of that id; `damaged` where nobody can say."""
     try:
         saved = files.read_json(path / "trainer.json")
     except UserError:
-        return True  # a damaged one: a resume must say so, and not go back to an older one
+        return damaged
     return "step" in saved and saved.get("run") == run
+
+
+def check_room(directory, step, last):
+    """Raises UserError when a checkpoint after `step`, up to `last`, would replace another's."""
+    own = own_checkpoints(directory)
+    for path in sorted(Path(directory).glob("checkpoint-*")):
+        match = CHECKPOINT.fullmatch(path.name)
+        if match and path not in own and step < int(match[1]) <= last:
+            raise UserError(f"{path} is not of this run and would be replaced: move it away")
+
+
+def check_not_inside(args, model):
+    """Raises UserError when --overwrite would delete the model that the new run begins with.
+
+    model: the directory, or hub id, to which --model leads.
+    """
+    if not args.overwrite or args.output_dir is None:
+        return
+    if Path(args.output_dir).resolve() in Path(os.path.realpath(model)).parents:
+        raise UserError(
+            f"--overwrite would delete {model}, with which the run begins: copy it, or give "
+            "another --output-dir"
+        )
 
 
 def rewind(directory, step):
@@ -272,12 +304,13 @@ def is_metrics(row):
     return numbers and None not in rewards
 
 
-def save_checkpoint(directory, run, limit, step, model, tokenizer, optimizer, generator, cursor):
-    """Writes checkpoint-STEP and deletes the run's oldest ones, so that `limit` are left.
+def save_checkpoint(directory, args, step, model, tokenizer, optimizer, generator, cursor):
+    """Writes checkpoint-STEP and deletes the run's oldest ones.
 
-    run: the run's id; generator: the sampler's; cursor: how many problems were taken so far (see
-    tasks.take). Raises UserError, and leaves all as it was, when checkpoint-STEP is another's, or
-    the moments are not finite.
+    args: with run (the id), save_total_limit, and base (see train.load_policy); generator: the
+    sampler's; cursor: how many problems were taken so far (see tasks.take).
+    Raises UserError, and leaves all as it was, when checkpoint-STEP is another's, or the moments
+    are not finite.
     """
     from safetensors.torch import save_file
 
@@ -298,9 +331,11 @@ def save_checkpoint(directory, run, limit, step, model, tokenizer, optimizer, ge
         tokenizer.save_pretrained(folder)
         save_file(tensors, folder / "trainer.safetensors")
         moments = len(optimizer.state)  # fewer than parameters, where one had no gradient yet
-        saved = {"step": step, "cursor": cursor, "run": run, "moments": moments}
+        saved = {"step": step, "cursor": cursor, "run": args.run, "moments": moments}
+        if args.base:
+            saved["base"] = args.base
         files.write_json(folder / "trainer.json", saved)
-    keep_newest(directory, limit)
+    keep_newest(directory, args.save_total_limit)
 
 
 def keep_newest(directory, limit):

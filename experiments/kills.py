@@ -3,8 +3,9 @@
     python -m experiments.kills                # every change of the file system, 50 random moments
     python -m experiments.kills --only train   # also: overwrite, eval, tune
 
-A run is killed (SIGKILL) right before each file that it opens to write, renames, makes or deletes
-in its directory, and then at random moments. Then the user does what the README says: --resume
+A run is killed (SIGKILL) right before each file that Python opens to write, renames, makes or
+deletes in its directory, and then at random moments, which are all that hits the inside of a write
+of safetensors or tokenizers. Then the user does what the README says: --resume
 where there is an args.json, else the same command again. All must be as if nothing had happened:
 weights, optimizer, logs, results, and no leftovers in the directory. Four cases: train.py, train.py
 --overwrite over an older run, eval.py, cast.py --tune over an older result.
@@ -129,7 +130,10 @@ def watch(directory, last):
         writes = event == "open" and (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
         if not writes and event not in CHANGES:
             return
-        if not str(arguments[0]).startswith(str(directory)):
+        path = os.fspath(arguments[0]) if not isinstance(arguments[0], int) else ""
+        if event in ("os.remove", "os.rmdir") and arguments[1] >= 0:  # rmtree: in an open folder
+            path = os.path.join(os.readlink(f"/proc/self/fd/{arguments[1]}"), path)
+        if not str(path).startswith(str(directory)):
             return
         if len(changes) == last:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -195,7 +199,9 @@ def difference(found, expected):
 def trial(case, parent, name, expected, **kill):
     """One kill. Returns what is wrong afterwards, or None."""
     directory = prepared(case, parent, name)
-    in_child(case.main, case.argv, directory, **kill)
+    status, _ = in_child(case.main, case.argv, directory, **kill)
+    if "change" in kill and status != signal.SIGKILL:
+        return f"it was not killed but ended with status {status}"
     fault = goes_on(case, directory)
     if fault is None:
         wrong = difference(content(directory), expected)

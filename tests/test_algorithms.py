@@ -48,8 +48,8 @@ def reward(problem, text):
 
 @pytest.mark.parametrize("algo", ["grpo", "dapo", "tepo"])
 def test_the_plain_loop_and_train_give_the_same_rewards(tmp_path, algo, capsys):
-    plain = importlib.import_module(algo).main(steps=3, seed=1)
-    flags = f"--algo {algo} --steps 3 --seed 1 --save-steps 0 --output-dir {tmp_path}/run"
+    plain = importlib.import_module(algo).main(steps=2, seed=1)
+    flags = f"--algo {algo} --steps 2 --seed 1 --save-steps 0 --output-dir {tmp_path}/run"
     rows = train.train(train.parse_args(flags.split()))
     assert [row["reward"] for row in rows] == pytest.approx(plain, abs=1e-6)
 

@@ -16,6 +16,7 @@ import eval as evaluation
 import train
 from engine import files, runs
 from engine.errors import UserError, run_script
+from engine.models import resolve_model
 from experiments.kills import watch
 from tests.conftest import ROOT, names_in
 
@@ -82,6 +83,60 @@ def test_what_others_put_into_a_run_stays(a_run, given):
         assert names_in(a_run) == before - {"checkpoint-1"} | {"checkpoint-2"}
     assert foreign.items() <= bytes_of(a_run).items()
     assert (a_run / ".hidden.new").exists()
+
+
+def test_an_old_run_is_not_deleted_for_a_checkpoint_that_is_in_the_way(a_run):
+    (a_run / "checkpoint-2").mkdir()
+    before = bytes_of(a_run)
+    with pytest.raises(UserError, match="checkpoint-2"):
+        trained(a_run, "--overwrite", "--steps", "2")
+    assert bytes_of(a_run) == before
+
+
+def test_a_damaged_checkpoint_of_whomever_is_not_deleted(a_run):
+    (a_run / "checkpoint-7").mkdir()
+    (a_run / "checkpoint-7" / "trainer.json").write_text("[1]")
+    (a_run / "checkpoint-7" / "letter.txt").write_text("Dear")
+    trained(a_run, "--overwrite")
+    assert names_in(a_run / "checkpoint-7") == {"trainer.json", "letter.txt"}
+    with pytest.raises(UserError, match="damaged"):  # it may be the newest
+        train.main(["--output-dir", str(a_run), "--resume"])
+
+
+def test_a_run_is_not_deleted_under_the_feet_of_the_next(a_run):
+    before = bytes_of(a_run)
+    with pytest.raises(UserError, match="begins"):
+        trained(a_run, "--overwrite", "--model", str(a_run))
+    assert bytes_of(a_run) == before
+
+
+def test_the_model_of_a_run_is_its_own_last_checkpoint(a_run):
+    (a_run / "old.gguf").write_bytes(b"GGUF")
+    shutil.copytree(a_run / "checkpoint-1", a_run / "checkpoint-9")
+    saved = json.loads((a_run / "checkpoint-9" / "trainer.json").read_text())
+    (a_run / "checkpoint-9" / "trainer.json").write_text(json.dumps({**saved, "run": "another"}))
+    assert resolve_model(str(a_run)) == str(a_run / "checkpoint-1")
+
+
+def test_a_real_model_is_not_taken_for_the_run_around_it(a_run, monkeypatch):
+    monkeypatch.chdir(a_run)
+    assert not runs.is_embedded("Qwen2.5-1.5B")
+    assert runs.is_embedded("checkpoint-1")
+
+
+def test_tuned_may_be_a_link_that_is_not_followed(tmp_path):
+    flags = [*SMALL_CAST, "--output-dir", str(tmp_path / "run")]
+    cast.main(["--diagnose", "--tune", *flags])
+    (tmp_path / "run" / "tuned").rename(tmp_path / "disk")
+    (tmp_path / "run" / "tuned").symlink_to(tmp_path / "disk")
+    before = bytes_of(tmp_path / "disk")
+    with pytest.raises(UserError, match="tuned"):
+        cast.main(["--tune", *flags])
+    assert bytes_of(tmp_path / "disk") == before
+    (tmp_path / "run" / ".tuned.gone").symlink_to(tmp_path / "disk")
+    files.tidy(tmp_path / "run", runs.is_own)
+    assert bytes_of(tmp_path / "disk") == before
+    assert os.listdir(tmp_path / "disk")
 
 
 def test_a_checkpoint_of_another_run_is_neither_used_nor_replaced(a_run, tmp_path):
@@ -316,8 +371,8 @@ def test_a_run_does_not_go_on_with_other_data(tmp_path, changed, script):
 def test_an_evaluation_does_not_go_on_with_other_weights(a_run, tmp_path):
     evaluated(tmp_path / "eval", "--model", str(a_run), "--limit", "4")
     record = json.loads((tmp_path / "eval" / "results.json").read_text())
-    assert record["checkpoint"] == str(a_run / "checkpoint-1")
-    assert len(record["digests"]["weights of --model"]) == 64
+    assert record["args"]["checkpoint"] == str(a_run / "checkpoint-1")
+    assert len(record["args"]["digests"]["weights of --model in torch.float32"]) == 64
     more = ["--output-dir", str(a_run), "--resume", "--steps", "2", "--learning-rate", "1e-2"]
     train.train(train.parse_args(more))
     with pytest.raises(UserError, match="weights"):
