@@ -562,13 +562,15 @@ def run_diagnose(args, model, tokenizer, heads):
     sets = load_sets(args, tokenizer, args.seed)
     check_sets(model, sets)
     safe = sets.safe[: args.examples]  # the rest is for tuning
-    directory = open_shared_dir(args.output_dir)
+    if os.path.isdir(args.output_dir):  # is it in use? Now, and not after hours
+        open_shared_dir(args.output_dir)
     found = diagnose(model, safe, sets.util, heads, args)
     if not found.map.C.isfinite().all():
         raise UserError("gradients or losses of this model are not finite, so there is no map")
     content = map_content(args, model, safe, sets.util, found)
     order = ranked(content["C"])
     skipped = order[: number_skipped(args, heads)]
+    directory = open_shared_dir(args.output_dir)
     draw_map(content, skipped, directory / "conflict_map.png")
     write_json(directory / "conflict_map.json", content)
 

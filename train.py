@@ -288,6 +288,8 @@ def parse_args(argv=None):
             f"--num-prompts {args.num_prompts} cannot be cut into "
             f"--steps-per-generation {args.steps_per_generation} equal mini-batches"
         )
+    if args.lora_rank > 10**5:
+        raise UserError(f"--lora-rank {args.lora_rank} is wider than any layer")
     if args.rollout_batch_size < args.num_generations:
         raise UserError("--rollout-batch-size must be at least --num-generations")
     if args.num_prompts * args.num_generations > 10**6:

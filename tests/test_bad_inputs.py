@@ -1127,7 +1127,7 @@ ROWS = [
     ("a million million threads", nothing, f"{TRAIN} --threads {10**18}", 2),
     ("as many threads, eval", nothing, f"{EVAL} --threads {10**18}", 2),
     ("as many threads, cast", nothing, f"{DIAGNOSE} --threads {10**18}", 2),
-    ("a huge rank", nothing, f"{TRAIN} --lora-rank {10**12}", 1),
+    ("a huge rank", nothing, f"{TRAIN} --lora-rank {10**12}", 2),
     ("many equal samples", nothing, f"{EVAL} --temperature 0", 2),
     ("a protocol and its numbers", nothing, f"{EVAL} --protocol tepo", 2),
     ("a batch smaller than a problem", nothing, f"{EVAL} --batch-size 1", 2),
