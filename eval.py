@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 import tasks
 from engine import flags, models, runs
-from engine.errors import UserError, run_script
+from engine.errors import UserError, reason, run_script
 from engine.files import append_jsonl, fingerprint, read_jsonl, write_json, write_jsonl
 from rollout import check_model, sample
 from tasks import arithmetic, refusals, safety
@@ -351,8 +351,9 @@ def lm_eval_scores(model, tokenizer, args):
     try:
         scores = simple_evaluate(model=harness, tasks=names, limit=args.limit or None)["results"]
     except Exception as error:  # an unknown task, a data set out of reach: it raises all sorts
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"--lm-eval {args.lm_eval}: {reason}; all else is written") from error
+        raise UserError(
+            f"--lm-eval {args.lm_eval}: {reason(error)}; all else is written"
+        ) from error
     return json.loads(json.dumps(scores, default=str))
 
 
@@ -438,7 +439,7 @@ def check_fit(model, tokenizer, data_sets, asked, args):
     models.check_positions(model, tokens)
     for problems in [*(data_set.problems for data_set in data_sets), *asked.values()]:
         models.check_tokens(model, [problem["prompt_ids"] for problem in problems])
-    models.stop_token_ids(model, tokenizer)
+    models.stop_token_ids(model, tokenizer)  # a wrong one shows now
     check_model(model, tokens)
 
 

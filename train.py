@@ -115,10 +115,12 @@ def load_algorithm(name):
     if not name.endswith(".py"):
         raise UserError(f"--algo {name}: neither a .py file nor one of {', '.join(ALGORITHMS)}")
     module = tasks.import_file(name, "--algo")
-    recipes = [getattr(module, "RECIPE", None), getattr(module, "EMBEDDED", {})]
-    if not all(isinstance(recipe, dict) for recipe in recipes) or not hasattr(module, "loss"):
+    recipe = getattr(module, "RECIPE", None)
+    embedded = getattr(module, "EMBEDDED", {})
+    dicts = isinstance(recipe, dict) and isinstance(embedded, dict)
+    if not dicts or not hasattr(module, "loss"):
         raise UserError(f"--algo {name}: it needs RECIPE and loss(batch, logp, entropy, args)")
-    for key, value in [*recipes[0].items(), *recipes[1].items()]:
+    for key, value in [*recipe.items(), *embedded.items()]:
         if not str(key).isidentifier() or key in NOT_IN_A_RECIPE:
             raise UserError(f"--algo {name}: {key!r} cannot be a key of RECIPE")
         if not isinstance(value, (bool, int, float, str)):
@@ -397,16 +399,13 @@ def set_up(args):
     step = cursor = 0
     if resumed:
         step, cursor = runs.load_trainer_state(resumed, optimizer, generator)
-        if resumed.name != f"checkpoint-{step}":
-            raise UserError(f"{resumed}: trainer.json is damaged: it is of step {step}")
     made_of = {
         "problems": runs.digest_of(problems),
         "own code": runs.digest_of_code(args.algo, args.data),
         f"start weights in {dtype}": start_digest(args, model, reference, resumed),
     }
     runs.check_same(args, made_of)
-    if args.output_dir is not None:
-        runs.check_room(args.output_dir, step, args.steps)
+    runs.check_room(args, step)
     # Nothing was written or deleted before this line. No flag can be wrong behind it.
     directory = runs.open_output_dir(args, f"{Path(args.algo).stem}-{Path(args.model).name}")
     rows = runs.rewind(directory, step)

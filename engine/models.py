@@ -192,12 +192,14 @@ def load_model(name, device, dtype=torch.float32):
     from transformers import AutoModelForCausalLM
 
     if has_adapters(name):
-        model = load_model(base_of_adapters(name), device, dtype)
-        base = read_json(Path(name) / "trainer.json").get("base")
-        if base and base != base_digest(model) and base.startswith(str(dtype)):
+        base = base_of_adapters(name)
+        model = load_model(base, device, dtype)
+        digest = read_json(Path(name) / "trainer.json").get("base")
+        known = isinstance(digest, str) and digest.startswith(str(dtype))
+        if known and digest != base_digest(model):
             raise UserError(
-                f"--model {name}: its base model {base_of_adapters(name)} has changed since these "
-                "adapters were trained"
+                f"--model {name}: its base model {base} has changed since these adapters were "
+                "trained"
             )
         model = add_adapters(model, None, name).merge_and_unload().requires_grad_(True)
     else:

@@ -122,10 +122,7 @@ def open_output_dir(args, stem):
     check_output_dir(args)
     if args.output_dir is None:
         args.output_dir = str(make_numbered(stem))
-    directory = Path(args.output_dir)
-    directory.mkdir(parents=True, exist_ok=True)
-    lock(directory)
-    files.tidy(directory, is_own)
+    directory = open_shared_dir(args.output_dir)
     if args.resume:
         args.run = settings_of(directory).get("run")
     else:
@@ -258,12 +255,14 @@ def is_checkpoint_of(run, path, damaged):
     return "step" in saved and saved.get("run") == run
 
 
-def check_room(directory, step, last):
-    """Raises UserError when a checkpoint after `step`, up to `last`, would replace another's."""
-    own = own_checkpoints(directory)
-    for path in sorted(Path(directory).glob("checkpoint-*")):
+def check_room(args, step):
+    """Raises UserError when a checkpoint after `step` would replace another's."""
+    if args.output_dir is None:
+        return
+    own = own_checkpoints(args.output_dir)
+    for path in sorted(Path(args.output_dir).glob("checkpoint-*")):
         match = CHECKPOINT.fullmatch(path.name)
-        if match and path not in own and step < int(match[1]) <= last:
+        if match and path not in own and step < int(match[1]) <= args.steps:
             raise UserError(f"{path} is not of this run and would be replaced: move it away")
 
 
@@ -364,7 +363,8 @@ def load_trainer_state(path, optimizer, generator):
         parameters = dict(enumerate(optimizer.param_groups[0]["params"]))
         whole = all(fits(own, parameters[index]) for index, own in state["state"].items())
         whole = whole and len(state["state"]) == saved.get("moments")
-        whole = whole and type(step) is type(cursor) is int and min(step, cursor) >= 0
+        whole = whole and type(cursor) is int and cursor >= 0
+        whole = whole and type(step) is int and path.name == f"checkpoint-{step}"
     except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError):
         whole = False
     if not whole:

@@ -29,8 +29,8 @@ from dataclasses import dataclass, field
 from math import isfinite  # never `import math`: here that name belongs to tasks/math.py
 from pathlib import Path
 
-from engine.errors import UserError, printable
-from tasks.rows import MARKUP, Malformed, as_prompt, brief, plain_chat, unicode
+from engine.errors import UserError, printable, reason
+from tasks.rows import MARKUP, Malformed, as_prompt, plain_chat, unicode
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def guarded(path, what, function, *arguments):
         lines = [frame.lineno for frame in frames if frame.filename == os.path.abspath(path)]
         where = f"{path}, line {lines[-1]}" if lines else path
         raise UserError(
-            f"{printable(where)}: {what}: {type(error).__name__}: {brief(error)}"
+            f"{printable(where)}: {what}: {type(error).__name__}: {reason(error)}"
         ) from error
 
 
@@ -255,7 +255,7 @@ def templated(turns, tokenizer):
         roles = ", ".join(turn["role"] for turn in turns[:8])
         raise UserError(
             f"the tokenizer's chat template cannot write a prompt of the turns {roles}: "
-            f"{type(error).__name__}: {brief(error)}"
+            f"{type(error).__name__}: {reason(error)}"
         ) from None
 
 

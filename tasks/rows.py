@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
 
-from engine.errors import UserError, printable
+from engine.errors import UserError, printable, reason
 
 # -------------------------------------------------------------------------------------------------
 # Where rows come from
@@ -47,7 +47,7 @@ def hub_rows(hub_id, config, split):
         yield from dataset_rows(hub_id, config, split, streaming=False)
     except Exception as error:
         raise UserError(
-            f"{hub_id} cannot be loaded ({brief(error)}); without a network: run `hf download "
+            f"{hub_id} cannot be loaded ({reason(error)}); without a network: run `hf download "
             f"{hub_id} --repo-type dataset --local-dir FOLDER/{hub_id}` on a machine that has one, "
             "copy FOLDER here and give --data-root FOLDER (or set DATA_DIR)"
         ) from None
@@ -61,7 +61,7 @@ def folder_rows(path, config, split):
         yield from dataset_rows(str(path), config, split, streaming=True)
     except Exception as error:
         where = printable(f"{path}: config {config}, split {split}")
-        raise UserError(f"{where}: {brief(error)}") from None
+        raise UserError(f"{where}: {reason(error)}") from None
 
 
 def dataset_rows(path, config, split, streaming):
@@ -94,7 +94,7 @@ def local_rows(path, split):
         raise
     except Exception as error:
         where = printable(str(path))
-        raise UserError(f"{where} cannot be read as a data set: {brief(error)}") from None
+        raise UserError(f"{where} cannot be read as a data set: {reason(error)}") from None
 
 
 def any_folder_rows(path, split):
@@ -168,11 +168,6 @@ def parquet_rows(path):
 
     for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
         yield from batch.to_pylist()
-
-
-def brief(error):
-    """The message of an exception on one line, at most 200 characters of it."""
-    return printable(" ".join(str(error).split())[:200])
 
 
 # -------------------------------------------------------------------------------------------------

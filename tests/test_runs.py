@@ -397,6 +397,19 @@ def test_a_run_does_not_go_on_with_another_objective_or_reference(tmp_path):
         train.main(["--resume", "--output-dir", str(tmp_path / "grpo"), "--steps", "2"])
 
 
+def test_adapters_are_not_merged_into_another_base(tmp_path):
+    pytest.importorskip("peft")
+    model = shutil.copytree(ROOT / "tiny", tmp_path / "model")
+    lora = ["--lora-rank", "2", "--algo", "grpo", "--epsilon-high", "0.2"]
+    trained(tmp_path / "lora", "--model", str(model), *lora)
+    evaluated(tmp_path / "before", "--model", str(tmp_path / "lora"), "--limit", "2")
+    trained(tmp_path / "other", "--learning-rate", "1e-2")
+    shutil.copy(tmp_path / "other" / "checkpoint-1" / "model.safetensors", model)
+    with pytest.raises(UserError, match="changed"):
+        evaluated(tmp_path / "after", "--model", str(tmp_path / "lora"), "--limit", "2")
+    assert not (tmp_path / "after").exists()
+
+
 def test_weights_that_are_not_finite_replace_nothing(a_run, tmp_path, monkeypatch):
     before = bytes_of(a_run / "checkpoint-1")
 
