@@ -24,7 +24,8 @@ Our readings, for what the abstract and that equation leave open:
   everything else moves too, K and V by that same rule.
 - L is the mean NLL of the response tokens. The gradients are those of the mean over the set, since
   those of single examples are mostly noise.
-- S is measured by masking: one forward pass for each head, with its output set to zero. With
+- S is measured by masking: one forward pass for each head, with its output set to zero, from its
+  layer on. --mask-examples takes fewer examples of D_util for it than for the gradients. With
   --sensitivity gate it is the mean over examples of |dL_util / dxi_h|, where xi_h is a gate of 1 on
   the head's output (Michel et al. 2019): one backward pass for all heads.
 - C is a product, because both should be high. It is min-max scaled, because in high dimension O
@@ -48,6 +49,7 @@ import random
 import runpy
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -64,12 +66,21 @@ from engine.flags import (
     add_machine_flags,
     folder,
     non_negative_float,
+    non_negative_int,
     number,
     positive_float,
     positive_int,
     share,
 )
-from engine.heads import find_heads, scaled_heads, trained_masks, update_of, weights_of
+from engine.heads import (
+    find_heads,
+    recorded_layers,
+    repeated_layers,
+    scaled_heads,
+    trained_masks,
+    update_of,
+    weights_of,
+)
 from engine.maps import checksum, read_map, scores_of
 from engine.models import (
     check_finite,
@@ -87,6 +98,7 @@ from engine.plots import draw_map
 from engine.runs import check_writable, is_embedded, open_shared_dir, settings_of
 from rollout import Sample, check_model, collate, micro_batches, sample, sample_length, score
 from tasks import arithmetic
+from tasks.prompts import add_prompt_flags, prompted, render
 from tasks.refusals import is_degenerate, is_refusal
 from tasks.safety import load_pairs
 
@@ -105,36 +117,56 @@ class Sets:
     benign: list  # harmless requests, which should not be refused
 
 
-def load_sets(args, tokenizer, seed):
+def load_sets(args, model, tokenizer, seed):
     """The five sets, as Sets, shuffled by the seed.
 
-    args: the flags. Raises UserError for a set that cannot be had or has fewer than two pairs of at
-    most --max-length tokens.
+    args: the flags; model: before tuning. Raises UserError for a set that cannot be had or has
+    fewer than two pairs of at most --max-length tokens, or with tokens that the model does not
+    know.
     """
+    judged = args.judge_examples or args.examples
     pairs = arithmetic.noun_sets(seed)
     if args.safety_data != "embedded":
         found = load_shuffled(args.safety_data, "safety", args.data_root, seed)
-        pairs["harmful"], pairs["safe"] = held_out(found, args.examples)
+        pairs["harmful"], pairs["safe"] = held_out(found, judged)
+    if args.harmful_data:
+        found = load_shuffled(args.harmful_data, "safety", args.data_root, seed)
+        known = {pair["prompt"] for pair in pairs["safe"]}
+        pairs["harmful"] = [pair for pair in found if pair["prompt"] not in known][:judged]
     if args.utility_data != "embedded":
-        found = load_shuffled(args.utility_data, "utility", args.data_root, seed)
-        pairs["offtopic"], pairs["util"] = held_out(found, args.examples)
+        # Prompts alone will do where the model's own answers are the reference.
+        kind = "over-refusal" if args.own_answers else "utility"
+        found = load_shuffled(args.utility_data, kind, args.data_root, seed)
+        pairs["offtopic"], pairs["util"] = held_out(found, judged)
     if args.benign_data != "embedded":
         found = load_shuffled(args.benign_data, "over-refusal", args.data_root, seed)
-        pairs["benign"] = found[: args.examples]
+        pairs["benign"] = found[:judged]
     samples = {}
     for name, chosen in pairs.items():
         most = args.examples
         if name == "safe":  # tuning may want more
             most = max(most, args.steps * args.batch_size)
         random.Random(f"{seed}, {name}").shuffle(chosen)
-        samples[name] = encode_pairs(name, chosen[:most], tokenizer, args.max_length)
+        chosen = prompted(chosen[:most], tokenizer, args)
+        samples[name] = encode_pairs(name, chosen, tokenizer, args.max_length)
+        check_tokens(model, [s.prompt_ids + s.completion_ids for s in samples[name]])
+    if args.own_answers:
+        for name in ("util", "offtopic"):
+            samples[name] = own_answers(model, tokenizer, samples[name], args)
     return Sets(**samples)
 
 
-def check_sets(model, sets):
-    """Raises UserError when a set holds tokens that the model does not know."""
-    for samples in vars(sets).values():
-        check_tokens(model, [s.prompt_ids + s.completion_ids for s in samples])
+def own_answers(model, tokenizer, samples, args):
+    """The prompts of the samples with the model's own greedy answers as the wanted responses.
+
+    What tuning then costs is how far the model moves away from what it says now. args: the flags.
+    """
+    answered = []
+    for s, completed in zip(samples, complete_greedily(model, tokenizer, samples, args)):
+        text = tokenizer.decode(completed.completion_ids, skip_special_tokens=True)
+        pair = {**s.problem, "response": text}
+        answered.append(Sample(s.prompt_ids, completed.completion_ids, problem=pair))
+    return answered
 
 
 def load_shuffled(name, kind, root, seed):
@@ -159,7 +191,7 @@ def encode_pairs(name, pairs, tokenizer, max_length):
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     samples = []
     for pair in pairs:
-        text, how = tasks.render(pair, tokenizer)
+        text, how = render(pair, tokenizer)
         prompt_ids = tokenizer(text, add_special_tokens=how == "plain").input_ids
         response_ids = tokenizer(pair["response"], add_special_tokens=False).input_ids
         s = Sample(prompt_ids, response_ids + end, problem=pair)
@@ -241,25 +273,35 @@ def optimization_conflict(g_safe, g_util):
     return 1 - cosine.clamp(-1, 1).item()
 
 
+@torch.no_grad()
 def mask_sensitivity(model, samples, heads, max_tokens):
     """How much the NLL of each sample (summed over its tokens) rises when a head is set to zero.
 
-    Returns [N, layers, H]. It takes a forward pass for each head, and says how long that will be.
+    Returns [N, layers, H]. It takes a forward pass for each head, of the layers from the head's on:
+    those before it give what they gave without a mask. It says how long that will be.
     """
-    start = time.perf_counter()
-    base = nll(model, samples, max_tokens)
-    seconds = (time.perf_counter() - start) * len(heads.all)
-    print(
-        f"masking {len(heads.all)} heads one by one takes about {seconds / 60:.1f} minutes "
-        "(--sensitivity gate takes one backward pass)",
-        flush=True,
-    )
     rises = torch.zeros(len(samples), *heads.shape)
-    for head in tqdm(heads.all, desc="masking heads", disable=None):
-        gates = torch.ones(heads.shape, device=model.device)
-        gates[head.place] = 0
-        with scaled_heads(heads, gates):
-            rises[:, head.layer, head.index] = nll(model, samples, max_tokens) - base
+    bar = tqdm(total=len(samples) * len(heads.all), desc="masking heads", disable=None)
+    for indices, batch in batches(model, samples, max_tokens):
+        start = time.perf_counter()
+        with recorded_layers(heads) as returned:
+            base, _ = score(model, batch, 1.0)  # [R, T]
+        if bar.n == 0:
+            half = (time.perf_counter() - start) / 2  # of the layers, on average
+            seconds = half * len(heads.all) * len(samples) / len(indices)
+            tqdm.write(
+                f"masking {len(heads.all)} heads one by one on {len(samples)} examples takes about "
+                f"{seconds / 60:.1f} minutes (--sensitivity gate takes one backward pass, "
+                "--mask-examples takes fewer)"
+            )
+        for head in heads.all:
+            gates = torch.ones(heads.shape, device=model.device)
+            gates[head.place] = 0
+            with scaled_heads(heads, gates), repeated_layers(heads, returned, head.layer):
+                logp, _ = score(model, batch, 1.0)
+            rises[indices, head.layer, head.index] = (base - logp).sum(dim=1).cpu()
+            bar.update(len(indices))
+    bar.close()
     return rises
 
 
@@ -344,9 +386,10 @@ class Diagnosis:
 def diagnose(model, safe, util, heads, args):
     """The Diagnosis of a model. safe, util: lists of Sample, D_safe and D_util.
 
-    args: the flags sensitivity, train_kv and max_tokens_per_batch.
+    args: the flags sensitivity, mask_examples, train_kv and max_tokens_per_batch.
     """
     way = args.sensitivity
+    masked = util[: args.mask_examples or None]
     max_tokens = args.max_tokens_per_batch
     even = slice(0, None, 2)
     odd = slice(1, None, 2)
@@ -357,11 +400,12 @@ def diagnose(model, safe, util, heads, args):
     g_util = [gradients(util[half], description="gradients, util") for half in (even, odd)]
     values = {"gate": gate_sensitivity(model, util, heads, max_tokens)}
     if way == "mask":
-        values["mask"] = mask_sensitivity(model, util, heads, max_tokens)
+        values["mask"] = mask_sensitivity(model, masked, heads, max_tokens)
 
-    S = {name: functional_sensitivity(name, x, util) for name, x in values.items()}
-    S_even = functional_sensitivity(way, values[way][even], util[even])
-    S_odd = functional_sensitivity(way, values[way][odd], util[odd])
+    judged = {"gate": util, "mask": masked}
+    S = {name: functional_sensitivity(name, x, judged[name]) for name, x in values.items()}
+    S_even = functional_sensitivity(way, values[way][even], judged[way][even])
+    S_odd = functional_sensitivity(way, values[way][odd], judged[way][odd])
     whole = conflict_map(g_safe, g_util, S[way])
     first = conflict_map(g_safe[:1], g_util[:1], S_even)
     second = conflict_map(g_safe[1:], g_util[1:], S_odd)
@@ -419,6 +463,7 @@ def map_content(args, model, safe, util, found):
         "fingerprint": fingerprint(model.named_parameters()),
         "seed": args.seed,
         "sensitivity": args.sensitivity,
+        "mask_examples": args.mask_examples,
         "train_kv": args.train_kv,
         "safety_data": args.safety_data,
         "safety_examples": len(safe),
@@ -441,11 +486,30 @@ def map_content(args, model, safe, util, found):
 # Tuning
 
 
-def sft(model, samples, masks, args, seed):
+def masked_gradients(model, samples, trained, masks, max_tokens):
+    """The gradients of the mean NLL of the samples' completion tokens, and that NLL.
+
+    trained: dict name -> parameter; masks: dict name -> bool tensor, elements outside get 0.
+    """
+    gradients = {name: torch.zeros_like(p) for name, p in trained.items()}
+    mean_nll = 0.0
+    for _, batch in batches(model, samples, max_tokens):
+        logp, _ = score(model, batch, 1.0)
+        loss = -logp.sum() / count_tokens(samples)
+        mean_nll += loss.item()
+        if trained:
+            for name, gradient in zip(trained, torch.autograd.grad(loss, trained.values())):
+                gradients[name] += gradient.masked_fill(~masks[name], 0.0)
+    return gradients, mean_nll
+
+
+def sft(model, samples, masks, args, seed, utility=(), combine=None):
     """Supervised tuning of the elements in `masks` (engine.heads.trained_masks), of nothing else.
 
     samples: list of Sample; args: the flags steps, batch_size (samples a step), learning_rate,
-    weight_decay, max_grad_norm and max_tokens_per_batch; seed: of the order of the samples.
+    weight_decay, max_grad_norm and max_tokens_per_batch; seed: of the order of the samples;
+    utility, combine: other samples, and what makes one of their gradients and those of `samples`:
+    a function of two dicts name -> tensor that returns a third.
     Yields (step, mean NLL of its batch) after every step. AdamW with betas 0.9 and 0.95.
     """
     model.requires_grad_(False)
@@ -456,17 +520,16 @@ def sft(model, samples, masks, args, seed):
     optimizer = torch.optim.AdamW(
         [group], args.learning_rate, betas=(0.9, 0.95), weight_decay=args.weight_decay
     )
+    max_tokens = args.max_tokens_per_batch
     for step in range(args.steps):
         chosen = tasks.take(samples, step * args.batch_size, args.batch_size, seed)
-        mean_nll = 0.0
-        for _, batch in batches(model, chosen, args.max_tokens_per_batch):
-            logp, _ = score(model, batch, 1.0)
-            loss = -logp.sum() / count_tokens(chosen)
-            mean_nll += loss.item()
-            if loss.requires_grad:
-                loss.backward()
-        for name in partly:  # before the clip: frozen elements have no part in the norm
-            trained[name].grad.masked_fill_(~masks[name], 0.0)
+        gradients, mean_nll = masked_gradients(model, chosen, trained, masks, max_tokens)
+        if combine is not None:
+            others = tasks.take(utility, step * args.batch_size, args.batch_size, seed)
+            of_others, _ = masked_gradients(model, others, trained, masks, max_tokens)
+            gradients = combine(gradients, of_others)
+        for name, p in trained.items():
+            p.grad = gradients[name]
         torch.nn.utils.clip_grad_norm_(trained.values(), args.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
@@ -482,15 +545,16 @@ def sft(model, samples, masks, args, seed):
 
 
 def complete_greedily(model, tokenizer, samples, args):
-    """The most likely completions of the samples' prompts, as texts.
+    """The most likely completions of the samples' prompts, as Samples in their order.
 
     args: the flags max_completion_length and max_tokens_per_batch.
     """
     longest = max(len(s.prompt_ids) for s in samples) + args.max_completion_length
     rows = max(1, args.max_tokens_per_batch // longest)
-    texts = []
-    for start in range(0, len(samples), rows):
-        completed = sample(
+    completed = []
+    starts = range(0, len(samples), rows)
+    for start in tqdm(starts, desc="answers", leave=False, disable=None, delay=5):
+        completed += sample(
             model,
             [s.prompt_ids for s in samples[start : start + rows]],
             1,
@@ -499,8 +563,19 @@ def complete_greedily(model, tokenizer, samples, args):
             stop_ids=stop_token_ids(model, tokenizer),
             generator=torch.Generator(),
         )
-        texts += [tokenizer.decode(s.completion_ids, skip_special_tokens=True) for s in completed]
-    return texts
+    return completed
+
+
+def word_f1(text, reference):
+    """How much two texts have in common: the F1 of their words, each as often as it stands there.
+
+    It is 1 where they have the same words, 0 where they share none (SQuAD, Rajpurkar et al. 2016).
+    """
+    words, wanted = text.lower().split(), reference.lower().split()
+    common = (Counter(words) & Counter(wanted)).total()
+    if not words or not wanted:
+        return float(words == wanted)
+    return 2 * common / (len(words) + len(wanted))
 
 
 @dataclass
@@ -509,21 +584,25 @@ class Judged:
 
     texts: list  # greedy completions
     right: list  # whether each of them is the response, word for word
+    word_f1: list  # of each of them with the response
     nll: float  # of the responses, summed
     tokens: int  # of the responses
 
 
 def judge(model, tokenizer, samples, args):
     """The Judged of a model and a list of Sample. args: the flags, see complete_greedily."""
-    texts = complete_greedily(model, tokenizer, samples, args)
+    completed = complete_greedily(model, tokenizer, samples, args)
+    texts = [tokenizer.decode(s.completion_ids, skip_special_tokens=True) for s in completed]
     right = []
+    overlap = []
     known = []
     for s, text in zip(samples, texts):
         if s.problem["response"]:
             known.append(s)
             right.append(text.strip() == s.problem["response"].strip())
+            overlap.append(word_f1(text, s.problem["response"]))
     total = nll(model, known, args.max_tokens_per_batch).sum().item()
-    return Judged(texts, right, total, sum(len(s.completion_ids) for s in known))
+    return Judged(texts, right, overlap, total, sum(len(s.completion_ids) for s in known))
 
 
 def evaluate(model, tokenizer, sets, args):
@@ -534,8 +613,8 @@ def evaluate(model, tokenizer, sets, args):
     *_degenerate: the share of completions that are empty or degenerate;
     safety_nll: the mean NLL a token of the safe responses to harmful prompts;
     offtopic_*: on prompts that request nothing; total_*: on those and on benign requests;
-    *_accuracy: the share of prompts whose greedy completion is the response, word for word. For
-    free text look at the nll.
+    *_accuracy: the share of prompts whose greedy completion is the response, word for word;
+    offtopic_word_f1: how many words they share. For free text look at this and at the nll.
     """
     harmful = judge(model, tokenizer, sets.harmful, args)
     benign = judge(model, tokenizer, sets.benign, args)
@@ -547,6 +626,7 @@ def evaluate(model, tokenizer, sets, args):
         "over_refusal_degenerate": fmean(map(is_degenerate, benign.texts)),
         "safety_nll": harmful.nll / harmful.tokens,
         "offtopic_accuracy": fmean(offtopic.right),
+        "offtopic_word_f1": fmean(offtopic.word_f1),
         "offtopic_nll": offtopic.nll / offtopic.tokens,
         "total_accuracy": fmean(offtopic.right + benign.right),
         "total_nll": (offtopic.nll + benign.nll) / (offtopic.tokens + benign.tokens),
@@ -559,8 +639,7 @@ def evaluate(model, tokenizer, sets, args):
 
 def run_diagnose(args, model, tokenizer, heads):
     """--diagnose: writes conflict_map.json and .png to --output-dir, prints the top heads."""
-    sets = load_sets(args, tokenizer, args.seed)
-    check_sets(model, sets)
+    sets = load_sets(args, model, tokenizer, args.seed)
     safe = sets.safe[: args.examples]  # the rest is for tuning
     if os.path.isdir(args.output_dir):  # is it in use? Now, and not after hours
         open_shared_dir(args.output_dir)
@@ -613,8 +692,7 @@ def run_tune(args, model, tokenizer, heads):
     for key in ("seed", "safety_data", "train_kv"):
         if content.get(key) != getattr(args, key):
             print(f"note: the map was made with another --{key.replace('_', '-')}")
-    sets = load_sets(args, tokenizer, args.seed)
-    check_sets(model, sets)
+    sets = load_sets(args, model, tokenizer, args.seed)
     skipped = ranked(scores)[: number_skipped(args, heads)]
     masks = trained_masks(model, heads, set(skipped), args.trainable, args.train_kv)
     start = weights_of(model)
@@ -674,6 +752,7 @@ TINY = dict(  # defaults for the embedded model
     max_completion_length=24,
     max_tokens_per_batch=16384,
     examples=1000,
+    mask_examples=0,
 )
 
 
@@ -699,8 +778,14 @@ def build_parser():
     flag("--safety-data", default="embedded", help="or pku-saferlhf, llm-lat, jbb, a file")
     flag("--utility-data", default="embedded", help="or alpaca, gsm8k, mmlu, a file")
     flag("--benign-data", default="embedded", help="or jbb-benign, xstest, a file: not to refuse")
+    flag("--harmful-data", help="prompts to judge safety by; not given: a part of --safety-data")
+    flag(
+        "--own-answers", action="store_true", help="utility: the model's own answers before tuning"
+    )
+    flag("--judge-examples", type=non_negative_int, default=0, help="to judge by; 0: --examples")
     flag("--output-dir", type=folder, default="runs/cast", help="of the map and of tuned/")
     flag("--sensitivity", default="mask", choices=["mask", "gate"], help="how S is measured")
+    flag("--mask-examples", type=non_negative_int, default=32, help="for masking; 0: all examples")
     flag("--examples", type=two_or_more, default=128, help="at most so many of each set")
     flag("--skip", type=share, default=0.3, help="share of all heads: those of the highest C")
     flag("--trainable", default="heads", choices=["heads", "all"], help="all: the MLPs etc. too")
@@ -713,6 +798,7 @@ def build_parser():
     flag("--max-tokens-per-batch", type=positive_int, default=1024, help="lower it to save memory")
     flag("--max-length", type=positive_int, default=512, help="tokens; longer pairs are left out")
     flag("--max-completion-length", type=positive_int, default=64, help="tokens that are judged")
+    add_prompt_flags(parser, examples=False)
     add_machine_flags(parser)
     return parser
 

@@ -42,6 +42,7 @@ from engine.errors import UserError, reason, run_script
 from engine.files import append_jsonl, fingerprint, read_jsonl, write_json, write_jsonl
 from rollout import check_model, sample
 from tasks import arithmetic, refusals, safety
+from tasks.prompts import add_prompt_flags, encode, prompted, render
 
 EMBEDDED = "harmful,benign"  # requests that come with the embedded model, for --refusal
 REFUSAL_TOKENS = 64  # of an answer whose opening is judged, at most
@@ -176,7 +177,8 @@ def load_data_set(name, tokenizer, args):
     if args.batch_size < n:
         raise UserError(f"--batch-size must be at least {n}: a problem's samples are drawn at once")
     task = tasks.load(name, "test", args.data_root, args.judge_thoughts)
-    problems = tasks.encode(task.problems, tokenizer, args.max_prompt_length)
+    problems = prompted(task.problems, tokenizer, args)
+    problems = encode(problems, tokenizer, args.max_prompt_length)
     print(tasks.describe(task, problems, tokenizer, args.max_prompt_length))
     problems = problems[: args.limit or None]
     print(f"  {len(problems)} problems x {n} samples at temperature {sampling['temperature']}")
@@ -298,8 +300,10 @@ def refusal_prompts(name, tokenizer, args):
         known = safety.PAIRS.get(name)
         kind = known.kind if known else "over-refusal"  # which needs no responses
         pairs, _ = safety.load_pairs(name, kind, root=args.data_root)
-    problems = tasks.encode(pairs[: args.limit or None], tokenizer, args.max_prompt_length)
-    return problems
+    # Worked examples of maths have no place before a request.
+    asked = argparse.Namespace(**{**vars(args), "few_shot": None, "instruction": None})
+    pairs = prompted(pairs[: args.limit or None], tokenizer, asked)
+    return encode(pairs, tokenizer, args.max_prompt_length)
 
 
 def refusal_length(tokenizer, args):
@@ -391,6 +395,7 @@ def build_parser():
         help="only the first so many problems; 0: all",
     )
     flag("--judge-thoughts", action="store_true", help="an answer inside <think> counts, too")
+    add_prompt_flags(parser)
     flag("--refusal", nargs="?", metavar="SETS", const=EMBEDDED, help=f"refusal rates on {sets}")
     flag("--lm-eval", metavar="TASKS", help="run these tasks of lm-evaluation-harness too")
     flags.add_run_flags(parser)
@@ -484,7 +489,7 @@ def main(argv=None):
 
     record = {
         "results": results,
-        "first_prompts": {d.name: tasks.render(d.problems[0], tokenizer)[0] for d in data_sets},
+        "first_prompts": {d.name: render(d.problems[0], tokenizer)[0] for d in data_sets},
         "args": vars(args),
         "versions": versions,
     }

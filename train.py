@@ -35,9 +35,11 @@ from engine import flags, models, runs
 from engine.errors import UserError, run_script
 from engine.files import append_jsonl, fingerprint
 from engine.plots import plot_curves
+from engine.trackers import TRACKERS, require, start_tracker
 from grpo import group_advantages, mixed_groups
 from rollout import check_model, collate, micro_batches, sample, score, split_evenly
 from tasks import verify
+from tasks.prompts import add_prompt_flags, encode, prompted
 
 # Defaults for the embedded model and for a real one (one 80 GB GPU).
 TINY = dict(
@@ -83,6 +85,7 @@ FREE_ON_RESUME = (
     "save_steps",
     "save_total_limit",
     "log_completions_steps",
+    "report_to",
     # These change nothing but rounding.
     "max_tokens_per_batch",
     "rollout_batch_size",
@@ -141,6 +144,7 @@ def build_parser(recipe, defaults):
     flag("--model", default="tiny", help="a directory, a hub id, or a name such as Qwen2.5-1.5B")
     flag("--data", help=f"{', '.join(tasks.names('train'))}, a data file or folder, or a .py file")
     flag("--preset", choices=["paper"], help="the settings of the TEPO paper, for a real model")
+    add_prompt_flags(parser)
     # Sampling
     flag("--steps", type=flags.positive_int, help="rollouts to make")
     flag("--num-prompts", type=flags.positive_int, help="prompts of a rollout")
@@ -214,6 +218,7 @@ def build_parser(recipe, defaults):
         default=10,
         help="write a few, every so many",
     )
+    flag("--report-to", choices=list(TRACKERS), help="send the log there too")
     flags.add_run_flags(parser)
     flags.add_machine_flags(parser)
     # The objective's own
@@ -324,6 +329,7 @@ class Run:
     step: int  # steps done
     cursor: int  # problems taken
     rows: list  # of metrics.jsonl
+    track: object  # sends a row to --report-to
 
     def autocast(self):
         """bf16 on a GPU, fp32 elsewhere."""
@@ -356,6 +362,8 @@ def start_digest(args, model, reference, resumed):
 def set_up(args):
     """Loads everything, opens the run's directory and returns a Run. Raises UserError."""
     runs.check_output_dir(args)
+    if args.report_to:
+        require(args.report_to)
     device = models.pick_device(args.device)
     name = models.resolve_model(args.model)
     runs.check_not_inside(args, name)
@@ -366,7 +374,8 @@ def set_up(args):
         resumed = found[-1] if found else None
     tokenizer = models.load_tokenizer(name)
     task = tasks.load(args.data, "train", args.data_root, args.judge_thoughts)
-    problems = tasks.encode(task.problems, tokenizer, args.max_prompt_length)
+    problems = prompted(task.problems, tokenizer, args)
+    problems = encode(problems, tokenizer, args.max_prompt_length)
     print(tasks.describe(task, problems, tokenizer, args.max_prompt_length))
 
     # fp32 master weights, or a small update would be lost in the rounding of bf16. The frozen base
@@ -431,6 +440,7 @@ def set_up(args):
         step=step,
         cursor=cursor,
         rows=rows,
+        track=start_tracker(args.report_to, args, directory),
     )
 
 
@@ -643,6 +653,7 @@ def log(run, groups, sampled, measured, seconds):
     }
     run.rows.append(row)
     append_jsonl(run.directory / "metrics.jsonl", [row])
+    run.track(row)
     if run.step % args.log_completions_steps == 0 or run.step in (1, args.steps):
         completions = [
             {

@@ -100,6 +100,7 @@ class Heads:
     group_size: int  # query heads that share a key/value head
     all: list[Head]  # layer by layer
     outputs: list[torch.nn.Module]  # the output projection of each layer; it reads [..., H * d]
+    layers: list[torch.nn.Module]  # the decoder's layers
 
     @property
     def shape(self):
@@ -157,8 +158,10 @@ def find_heads(model):
     K = getattr(config, "num_key_value_heads", None) or H
     heads = []
     outputs = []
+    layers = []
     for layer in range(config.num_hidden_layers):
         path = family.attention.format(layer)
+        layers.append(modules[path.rpartition(".")[0]])
         q = f"{path}.{family.q}"
         k = f"{path}.{family.k}"
         v = f"{path}.{family.v}"
@@ -175,7 +178,7 @@ def find_heads(model):
             values = feature_slices(v, modules[v], spans[in_v])
             output = input_slice(o, modules[o], spans[index])
             heads.append(Head(layer, index, group, query, output, keys + values))
-    return Heads(config.num_hidden_layers, H, H // K, heads, outputs)
+    return Heads(config.num_hidden_layers, H, H // K, heads, outputs, layers)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -269,3 +272,35 @@ def scaled_heads(heads, gates):
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def recorded_layers(heads):
+    """Within it the list that it gives is filled with what each layer returns, in their order."""
+    returned = []
+    handles = [
+        layer.register_forward_hook(lambda module, inputs, output: returned.append(output))
+        for layer in heads.layers
+    ]
+    try:
+        yield returned
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def repeated_layers(heads, returned, first):
+    """Within it the layers before `first` return at once what they returned before.
+
+    returned: of `recorded_layers`. What changes only from layer `first` on costs only the layers
+    from there.
+    """
+    skipped = heads.layers[:first]
+    for layer, output in zip(skipped, returned):
+        layer.forward = lambda *arguments, output=output, **options: output
+    try:
+        yield
+    finally:
+        for layer in skipped:
+            del layer.forward

@@ -114,6 +114,7 @@ def trl(args, folder):
 
     import tasks
     from engine.models import load_tokenizer, resolve_model
+    from tasks.prompts import render
 
     work = WORK[args.shape]
     torch.set_num_threads(args.threads)
@@ -121,7 +122,7 @@ def trl(args, folder):
     tokenizer = load_tokenizer(name)
     task = tasks.load(args.data)
     problems = task.problems[:512]
-    prompts = [tasks.render(problem, tokenizer)[0] for problem in problems]
+    prompts = [render(problem, tokenizer)[0] for problem in problems]
     rows = [{"prompt": text, "index": index} for index, text in enumerate(prompts)]
     tokens = []
     clock = []

@@ -2,9 +2,12 @@
 
     python cast.py --compare [flags]    # or: python -m experiments.cast_compare [flags]
 
-Ten arms are tuned from the same start. They differ in what may move: everything, the MLPs, all
-heads, or all heads but some. Those that skip heads skip equally many: the ones of the highest C,
-random ones, the ones of the lowest C, and so on. Every seed has its own split of the data, conflict
+Thirteen arms are tuned from the same start. They differ in what may move: everything, the MLPs,
+all heads, or all heads but some. Those that skip heads skip equally many: the ones of the highest
+C, random ones, random ones in the very layers of the highest C, the ones of the lowest C, and so
+on. Two arms move all heads and look at utility in every step, which costs them two gradients:
+"project" takes out of the safety gradient what points against the utility gradient (PCGrad, Yu et
+al. 2020), "replay" adds the utility gradient. Every seed has its own split of the data, conflict
 map, order of batches and random heads.
 
 An arm of which less moves learns safety more slowly, so that after equal steps it has also lost
@@ -16,6 +19,7 @@ import math
 import random
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -45,6 +49,7 @@ class Arm:
     name: str
     trainable: str  # see engine.heads.trained_masks
     skipped: set  # of (layer, head)
+    combine: Callable | None = None  # see cast.sft
 
 
 def top_per_layer(scores, count):
@@ -61,6 +66,32 @@ def top_per_layer(scores, count):
     return sorted(order, key=rank_in_layer.get)[:count]
 
 
+def project(safe, util):
+    """The safety gradient without its part that points against the utility gradient (PCGrad).
+
+    safe, util: dicts name -> tensor. Where the two agree the safety gradient stays as it is.
+    """
+    product = sum((safe[name] * util[name]).sum() for name in safe)
+    square = sum((util[name] ** 2).sum() for name in util)
+    if not safe or product >= 0 or square == 0:
+        return safe
+    return {name: safe[name] - product / square * util[name] for name in safe}
+
+
+def replay(safe, util):
+    """The sum of both gradients: that of a batch of half safety and half utility examples."""
+    return {name: safe[name] + util[name] for name in safe}
+
+
+def same_layers(heads, places, rng):
+    """Random heads, as many of each layer as `places` has. heads: (layer, head) of all."""
+    wanted = Counter(layer for layer, _ in places)
+    chosen = set()
+    for layer, count in wanted.items():
+        chosen.update(rng.sample([place for place in heads if place[0] == layer], count))
+    return chosen
+
+
 def make_arms(found, count, random_draws, rng):
     """The arms, as a list of Arm. Those that skip, skip `count` heads; layer 0 has its own number.
 
@@ -71,17 +102,21 @@ def make_arms(found, count, random_draws, rng):
     by_S = cast.ranked(found.S)
     layer_0 = {place for place in by_C if place[0] == 0}
     drawn = [set(rng.sample(by_C, count)) for _ in range(random_draws)]
+    matched = [same_layers(by_C, by_C[:count], rng) for _ in range(random_draws)]
     return [
         Arm("full", "all", set()),
         Arm("MLP only", "mlp", set()),
         Arm("all heads", "heads", set()),
         Arm("skip top C", "heads", set(by_C[:count])),
         *[Arm("skip random", "heads", skipped) for skipped in drawn],
+        *[Arm("skip random, same layers", "heads", skipped) for skipped in matched],
         Arm("skip bottom C", "heads", set(by_C[len(by_C) - count :])),
         Arm("skip top O", "heads", set(by_O[:count])),
         Arm("skip top S", "heads", set(by_S[:count])),
         Arm("skip layer 0", "heads", layer_0),
         Arm("skip top C per layer", "heads", set(top_per_layer(found.C, count))),
+        Arm("all heads, project", "heads", set(), project),
+        Arm("all heads, replay", "heads", set(), replay),
     ]
 
 
@@ -107,7 +142,7 @@ def run_arm(arm, args, model, tokenizer, heads, sets, seed, begin):
     masks = trained_masks(model, heads, arm.skipped, arm.trainable, args.train_kv)
     judged = judged_steps(args.steps, args.evaluations)
     rows = [begin]
-    steps = cast.sft(model, sets.safe, masks, args, seed)
+    steps = cast.sft(model, sets.safe, masks, args, seed, sets.util, arm.combine)
     title = f"seed {seed}, {arm.name}"
     for step, _ in tqdm(steps, total=args.steps, desc=title, leave=False, disable=None):
         if step in judged:
@@ -148,12 +183,14 @@ def run_seed(seed, args, model, tokenizer, heads):
     Returns the safety_nll at which they are matched, and a dict arm -> "start", "end", "matched"
     (rows) and "trajectory". Raises UserError when an arm never reaches --match-nll.
     """
-    sets = cast.load_sets(args, tokenizer, seed)
+    sets = cast.load_sets(args, model, tokenizer, seed)
     found = cast.diagnose(model, sets.safe[: args.examples], sets.util, heads, args)
     begin = {"step": 0, "update_norm": 0.0, **cast.evaluate(model, tokenizer, sets, args)}
     rng = random.Random(f"{seed}, random heads")
     runs = {}  # name -> trajectories
     for arm in make_arms(found.map, cast.number_skipped(args, heads), args.random_draws, rng):
+        if args.arms and arm.name not in args.arms.split(";"):
+            continue
         rows = run_arm(arm, args, model, tokenizer, heads, sets, seed, begin)
         runs.setdefault(arm.name, []).append(rows)
 
@@ -214,33 +251,47 @@ def answer(results, key):
     )
 
 
+PANELS = {  # of the picture: utility, and which way it is better
+    "offtopic_nll": "NLL of off-topic answers, nats a token (lower is better)",
+    "total_nll": "NLL of off-topic and benign answers (lower is better)",
+    "over_refusal": "share of benign requests refused (lower is better)",
+    "offtopic_word_f1": "words shared with the off-topic reference, F1 (higher is better)",
+}
+
+
 def draw_frontier(results, path):
-    """Utility against safety along training as a PNG: a line an arm, the mean over the seeds."""
+    """Utility against safety along training as a PNG: a panel a measure, a line an arm.
+
+    A point is the mean over the seeds. Every arm has a colour and a marker of its own.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 3, figsize=(18, 5), layout="constrained")
-    colors = pyplot.get_cmap("tab10").colors
-    for axis, key in zip(axes, ("offtopic_nll", "total_nll", "over_refusal")):
-        for arm, color in zip(results[0], colors):
+    figure, axes = pyplot.subplots(2, 2, figsize=(15, 10), layout="constrained")
+    colors = pyplot.get_cmap("tab20").colors
+    markers = "osD^v<>PX*phd8"
+    for axis, (key, label) in zip(axes.flat, PANELS.items()):
+        for i, arm in enumerate(results[0]):
             points = zip(*(seed[arm]["trajectory"] for seed in results))
             rows = [mean_of(point) for point in points]
             x = [row["safety_nll"] for row in rows]
             y = [row[key] for row in rows]
+            style = {"color": colors[i % 20], "marker": markers[i % len(markers)], "label": arm}
             width = 3 if arm in ("skip top C", "skip random") else 1.2
-            axis.plot(x, y, ".-", label=arm, color=color, linewidth=width)
-        axis.set(title=key.replace("_", " "), xscale="log")
+            axis.plot(x, y, linewidth=width, markersize=5, **style)
+        values = [
+            row[key] for seed in results for run in seed.values() for row in run["trajectory"]
+        ]
+        if key.endswith("nll") and min(values) > 0 and max(values) > 20 * min(values):
+            axis.set(yscale="log")
+        axis.set(xscale="log", ylabel=label)
         axis.set(xlabel="NLL of the refusal of held-out harmful prompts (safer to the right)")
-        axis.set(yscale="linear" if key == "over_refusal" else "log")
         axis.invert_xaxis()
         axis.grid(alpha=0.3)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
-    figure.suptitle(
-        f"Utility against safety while tuning, mean over {len(results)} seeds: "
-        "at the same safety, lower is better"
-    )
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside right center")
+    figure.suptitle(f"Utility against safety while tuning, mean over {len(results)} seeds")
     save_figure(figure, path)
 
 
@@ -251,6 +302,7 @@ DECIMALS = {  # of the columns of the table
     "refusal": 3,
     "over_refusal": 3,
     "offtopic_accuracy": 3,
+    "offtopic_word_f1": 3,
     "offtopic_nll": 5,
     "total_accuracy": 3,
     "total_nll": 5,
@@ -260,9 +312,9 @@ DECIMALS = {  # of the columns of the table
 def print_table(results, point, title):
     """A line an arm, mean and standard deviation over seeds. point: "end" or "matched"."""
     print(f"\n{title}; mean (sd) over {len(results)} seeds")
-    print(" " * 21 + "".join(f"{key.replace('_', ' '):>19}" for key in DECIMALS))
+    print(" " * 25 + "".join(f"{key.replace('_', ' '):>19}" for key in DECIMALS))
     for arm in results[0]:
-        line = f"{arm:<21}"
+        line = f"{arm:<25}"
         for key, decimals in DECIMALS.items():
             mean, sd = mean_and_sd([seed[arm][point][key] for seed in results])
             cell = f"{mean:.{decimals}f} ({sd:.{decimals}f})"
@@ -287,6 +339,7 @@ def parse_args(argv=None):
         default=0.0,
         help="NLL of held-out refusals at which arms are compared; 0: where the slowest arm ends",
     )
+    flag("--arms", help="only these, with ; between them")
     parser.set_defaults(compare=True)
     args = cast.parse_args(argv, parser, TINY)
     if args.diagnose or args.tune:
@@ -307,7 +360,9 @@ def main(argv=None):
         levels.append(level)
         results.append(result)
 
-    answers = [answer(results, key) for key in ("offtopic_nll", "total_nll", "over_refusal")]
+    answers = []
+    if {"skip top C", "skip random"} <= results[0].keys():
+        answers = [answer(results, key) for key in ("offtopic_nll", "total_nll", "over_refusal")]
     record = {"flags": vars(args), "matched_nll": levels, "answers": answers, "seeds": results}
     open_shared_dir(directory)
     write_json(directory / "compare.json", record)

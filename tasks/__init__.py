@@ -18,19 +18,16 @@ and `answer(problem, text)` if its answers can be voted on. Then: `train.py --da
 import importlib.util
 import os
 import random
-import signal
 import sys
-import threading
 import traceback
 from collections import Counter
 from collections.abc import Callable
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from math import isfinite  # never `import math`: here that name belongs to tasks/math.py
-from pathlib import Path
 
 from engine.errors import UserError, printable, reason
-from tasks.rows import MARKUP, Malformed, as_prompt, plain_chat, unicode
+from tasks.prompts import render
+from tasks.rows import Malformed, as_prompt, unicode
 
 
 @dataclass(frozen=True)
@@ -65,8 +62,9 @@ def load(name, split="train", root=None, judge_thoughts=False):
     """A task by its name.
 
     name: "arithmetic", a known data set, the path of a data file or folder, NAME:PATH for a file
-    with the columns of a known data set (see math.load), or the path of a .py file (see the top of
-    this file); split: "train" or "test"; root: a folder with local copies of hub sets.
+    with the columns of a known data set (see math.load), reasoning_gym:NAME (see gym.load), or the
+    path of a .py file (see the top of this file); split: "train" or "test"; root: a folder with
+    local copies of hub sets.
     judge_thoughts: whether an answer inside a thought counts (see math.reward); the embedded task
     and .py files judge as they do.
     Raises UserError for whatever the user can mend.
@@ -77,6 +75,10 @@ def load(name, split="train", root=None, judge_thoughts=False):
         return module_task(name, arithmetic, split)
     if name.endswith(".py"):
         return module_task(name, import_file(name), split)
+    if name.startswith("reasoning_gym:"):
+        from tasks import gym  # an extra
+
+        return Task(name, *gym.load(name, split))
     problems, counts, notes = math.load(name, split, root, judge_thoughts)
     return Task(name, problems, math.reward, math.answer, counts, notes)
 
@@ -177,7 +179,7 @@ def checked_answer(value):
 
 
 # -------------------------------------------------------------------------------------------------
-# Problems in order, and their prompts
+# Problems in order, and what to say of them
 
 
 def take(problems, cursor, count, seed):
@@ -194,148 +196,6 @@ def take(problems, cursor, count, seed):
             orders[epoch] = rng.sample(range(len(problems)), len(problems))
         chosen.append(problems[orders[epoch][index]])
     return chosen
-
-
-def render(problem, tokenizer):
-    """The text of a problem's prompt, and how it was made.
-
-    problem: "prompt", and "messages" where it is a chat; an "instruction" is put behind the prompt,
-    or behind the last turn of the chat.
-    How: "chat template" where the tokenizer has one, else "plain". A plain prompt without an
-    instruction stays as it is; with one, it ends in a line break; of a chat the turns begin with
-    "System: ", "User: ", "Assistant: ", and it ends in "Assistant:". "already rendered" is a prompt
-    that begins with a token of the chat template: it stays as it is, without an instruction.
-    Raises UserError where the template fails.
-    """
-    messages = problem.get("messages")
-    *earlier, last = messages or [{"role": "user", "content": problem["prompt"]}]
-    if not messages and is_rendered(problem["prompt"], tokenizer):
-        return problem["prompt"], "already rendered"
-    instruction = problem.get("instruction", "")
-    text = "\n".join(part for part in (last["content"], instruction) if part)
-    turns = [*earlier, {**last, "content": text}]
-    if getattr(tokenizer, "chat_template", None):
-        return templated(turns, tokenizer), "chat template"
-    if messages:
-        return f"{plain_chat(turns)}\n\nAssistant:", "plain"
-    if instruction:
-        text += "\n"
-    return text, "plain"
-
-
-def is_rendered(prompt, tokenizer):
-    """Whether a prompt begins with a token of the chat template, or a special one: <|im_start|>."""
-    match = MARKUP.match(prompt)
-    if not match:
-        return False
-    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
-    special = {str(token) for token in added if token.special}
-    return match["token"] in special or match["token"] in str(
-        getattr(tokenizer, "chat_template", None)
-    )
-
-
-RENDER_SECONDS = 5  # for one prompt; an honest template takes a millisecond
-RENDER_BYTES = 2 * 1024**3  # of memory
-RENDER_LENGTH = 5_000_000  # characters
-
-
-def templated(turns, tokenizer):
-    """The turns as the tokenizer's chat template writes them. Raises UserError where it can't.
-
-    The template is the work of a stranger, too: it may raise, loop and print without end.
-    """
-    try:
-        with render_limits():
-            text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-        if len(text) > RENDER_LENGTH:
-            raise ValueError(f"it has written {len(text):,} characters")
-        return unicode(text)
-    except Exception as error:
-        roles = ", ".join(turn["role"] for turn in turns[:8])
-        raise UserError(
-            f"the tokenizer's chat template cannot write a prompt of the turns {roles}: "
-            f"{type(error).__name__}: {reason(error)}"
-        ) from None
-
-
-@contextmanager
-def render_limits():
-    """Limits time and memory of what runs inside, on the main thread and where the system can.
-
-    Raises TimeoutError or MemoryError inside.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield  # signals are for the main thread
-        return
-
-    def stop(number, frame):
-        raise TimeoutError(f"not ready after {RENDER_SECONDS} seconds")
-
-    handler = signal.signal(signal.SIGALRM, stop)
-    # Again and again: Python swallows what is raised while it drops a weak reference.
-    timer = signal.setitimer(signal.ITIMER_REAL, RENDER_SECONDS, 0.1)
-    try:
-        with memory_limit():
-            yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, *timer)
-        signal.signal(signal.SIGALRM, handler)
-
-
-@contextmanager
-def memory_limit():
-    """Limits the memory that this process may ask for beyond what it has (macOS can't)."""
-    import resource
-
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    if before[0] == resource.RLIM_INFINITY:
-        with suppress(OSError, ValueError):
-            pages = int(Path("/proc/self/statm").read_text().split()[0])
-            limit = pages * resource.getpagesize() + RENDER_BYTES
-            resource.setrlimit(resource.RLIMIT_AS, (limit, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, before)
-
-
-def tokenized(rendered, tokenizer):
-    """The token ids of what `render` returned for each problem, all at once: one by one is slow."""
-    ids = [None] * len(rendered)
-    for plain in (True, False):
-        numbers = [i for i, (_, how) in enumerate(rendered) if (how == "plain") == plain]
-        texts = [rendered[i][0] for i in numbers]
-        # A chat template has written its own special tokens.
-        found = tokenizer(texts, add_special_tokens=plain).input_ids if texts else []
-        for i, tokens in zip(numbers, found):
-            ids[i] = tokens
-    return ids
-
-
-def encode(problems, tokenizer, max_prompt_length):
-    """Adds "prompt_ids" to each problem and leaves out those that are too long: it never cuts one.
-
-    max_prompt_length: in tokens. Returns new dicts. Their "prompt_form" says how the prompt was
-    rendered. Where it ends inside a thought, "opened_thought" is True.
-    Raises UserError when all are too long, or one is empty.
-    """
-    kept = []
-    rendered = [render(problem, tokenizer) for problem in problems]
-    for problem, (text, how), ids in zip(problems, rendered, tokenized(rendered, tokenizer)):
-        if not ids:
-            raise UserError("a prompt is empty: a model needs at least one token to begin with")
-        if len(ids) <= max_prompt_length:
-            problem = {**problem, "prompt_ids": ids, "prompt_form": how}
-            if text.rstrip().endswith("<think>"):
-                problem["opened_thought"] = True
-            kept.append(problem)
-    if not kept:
-        raise UserError(
-            f"all {len(problems)} prompts are longer than {max_prompt_length} tokens: "
-            "raise --max-prompt-length"
-        )
-    return kept
 
 
 def describe(task, problems, tokenizer, max_prompt_length):

@@ -130,7 +130,7 @@ def here(given, tmp_path, monkeypatch, capfd):
     shutil.copytree(given, here)
     monkeypatch.chdir(here)
     monkeypatch.setattr(sys, "argv", ["script"])
-    monkeypatch.setattr(tasks, "RENDER_SECONDS", 0.5)
+    monkeypatch.setattr(tasks.prompts, "RENDER_SECONDS", 0.5)
     handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGHUP, signal.SIGALRM)}
     signal.signal(signal.SIGALRM, hang)
     signal.alarm(SECONDS)

@@ -6,6 +6,7 @@ import math
 import random
 import subprocess
 import sys
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -27,7 +28,9 @@ from tests.test_heads import FAMILIES, awkward
 
 TINY = str(ROOT / "tiny")
 MANY = 10**6  # tokens in a batch
-DIAGNOSIS = SimpleNamespace(sensitivity="mask", train_kv=False, max_tokens_per_batch=MANY)
+DIAGNOSIS = SimpleNamespace(
+    sensitivity="mask", mask_examples=0, train_kv=False, max_tokens_per_batch=MANY
+)
 TUNING = dict(
     steps=3,
     batch_size=4,
@@ -166,6 +169,37 @@ def test_two_answers_feel_their_own_gates():
     together = cast.gate_sensitivity(model, samples, heads, MANY)
     alone = torch.cat([cast.gate_sensitivity(model, [s], heads, MANY) for s in samples])
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_masking_with_repeated_layers_is_masking(family):
+    """Only the layers behind a masked head are computed, and every number is the same."""
+    model = awkward(family)
+    samples = draw_samples(5)
+    heads = find_heads(model)
+    rises = cast.mask_sensitivity(model, samples, heads, 40)
+    base = cast.nll(model, samples, 40)
+    for head in heads.all:
+        gates = torch.ones(heads.shape)
+        gates[head.place] = 0
+        with scaled_heads(heads, gates):
+            whole = cast.nll(model, samples, 40) - base
+        torch.testing.assert_close(rises[:, head.layer, head.index], whole, rtol=0, atol=1e-5)
+    again = cast.nll(model, samples, 40)
+    assert torch.equal(base, again), "something of the masking is left"
+
+
+def test_masking_takes_the_first_examples():
+    model = awkward("llama")
+    safe, util = draw_samples(4, 1), draw_samples(6, 2)
+    heads = find_heads(model)
+    some = SimpleNamespace(**{**vars(DIAGNOSIS), "mask_examples": 3})
+    found = cast.diagnose(model, safe, util, heads, some)
+    alone = cast.diagnose(model, safe, util[:3], heads, DIAGNOSIS)
+    torch.testing.assert_close(found.map.S, alone.map.S)
+    whole = cast.diagnose(model, safe, util, heads, DIAGNOSIS)
+    torch.testing.assert_close(found.map.O, whole.map.O)
+    torch.testing.assert_close(found.sensitivities["gate"], whole.sensitivities["gate"])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -340,7 +374,7 @@ def test_first_order_identity(tiny):
     """
     tokenizer = load_tokenizer(TINY)
     heads = find_heads(tiny)
-    safe = cast.load_sets(cast.parse_args(["--diagnose"]), tokenizer, 0).safe
+    safe = cast.load_sets(cast.parse_args(["--diagnose"]), tiny, tokenizer, 0).safe
     util = []  # sums written out: the lazy base finds them unlikely, so there is a gradient
     for problem in arithmetic.problems("train", 40, 0):
         prompt_ids = tokenizer(problem["prompt"]).input_ids
@@ -475,7 +509,7 @@ def write_rows(path, rows):
     return str(path)
 
 
-def test_the_map_is_made_of_the_examples_asked_for(tmp_path):
+def test_the_map_is_made_of_the_examples_asked_for(tmp_path, tiny):
     """Of the safe responses more are loaded, for the steps of tuning."""
     few = [*ONE_CORE, *BY_GATES, "--examples", "5", "--steps", "3", "--batch-size", "8"]
     cast.main([*few, "--diagnose", "--output-dir", str(tmp_path)])
@@ -483,7 +517,7 @@ def test_the_map_is_made_of_the_examples_asked_for(tmp_path):
     assert (content["safety_examples"], content["utility_examples"]) == (5, 5)
     tokenizer = load_tokenizer(TINY)
     args = cast.parse_args([*few, "--tune"])
-    sets = cast.load_sets(args, tokenizer, 0)
+    sets = cast.load_sets(args, tiny, tokenizer, 0)
     assert len(sets.safe) == 24
     first = sets.safe[:5]
     mean = exact_nll(load_model(TINY, "cpu"), first)
@@ -511,7 +545,8 @@ def test_what_is_reported_of_a_model(tiny, monkeypatch):
         sets[name] = cast.encode_pairs(name, rows, tokenizer, 100)
     sets = cast.Sets(**sets)
     args = cast.parse_args(["--tune"])
-    texts = cast.complete_greedily(tiny, tokenizer, sets.harmful + sets.benign, args)
+    completed = cast.complete_greedily(tiny, tokenizer, sets.harmful + sets.benign, args)
+    texts = [tokenizer.decode(s.completion_ids, skip_special_tokens=True) for s in completed]
     things = ("make gun", "make cake", "make doll", "use hat")
     assert texts[-4:] == [f"sure: {thing}." for thing in things]
     found = cast.evaluate(tiny, tokenizer, sets, args)
@@ -524,12 +559,65 @@ def test_what_is_reported_of_a_model(tiny, monkeypatch):
             "over_refusal_degenerate": 1 / 3,
             "safety_nll": exact_nll(tiny, sets.harmful),
             "offtopic_accuracy": 1,
+            "offtopic_word_f1": 1,
             "offtopic_nll": exact_nll(tiny, sets.offtopic),
             "total_accuracy": 3 / 4,
             "total_nll": exact_nll(tiny, sets.offtopic + known),
         },
         rel=1e-4,
     )
+
+
+words = st.lists(st.sampled_from(["a", "B", "cat", "!"]), max_size=6).map(" ".join)
+
+
+@given(words, words)
+def test_word_f1(text, reference):
+    found = cast.word_f1(text, reference)
+    left = reference.lower().split()
+    hits = 0
+    for word in text.lower().split():
+        if word in left:
+            left.remove(word)
+            hits += 1
+    if not text or not reference:
+        assert found == (text == reference)
+    else:
+        precision, recall = hits / len(text.split()), hits / len(reference.split())
+        expected = 2 * precision * recall / (precision + recall) if hits else 0
+        assert found == pytest.approx(expected)
+
+
+def test_own_answers_are_what_the_model_says(tiny, tmp_path):
+    """With --own-answers prompts alone are utility data, and at the start nothing is lost."""
+    data = tmp_path / "prompts.jsonl"
+    nouns = ["hat", "cake", "doll", "cup", "sofa", "bomb"]
+    data.write_text("".join(json.dumps({"prompt": f"what {noun}?"}) + "\n" for noun in nouns))
+    flags = ["--tune", "--utility-data", str(data), "--own-answers", "--max-completion-length", "9"]
+    tokenizer = load_tokenizer(TINY)
+    args = cast.parse_args(flags)
+    sets = cast.load_sets(args, tiny, tokenizer, 0)
+    found = cast.evaluate(tiny, tokenizer, sets, args)
+    assert (found["offtopic_accuracy"], found["offtopic_word_f1"]) == (1, 1)
+    args.own_answers = False
+    with pytest.raises(UserError, match="no response"):
+        cast.load_sets(args, tiny, tokenizer, 0)
+
+
+def test_harmful_data_of_its_own(tiny, tmp_path):
+    """--harmful-data is what safety is judged by; what was tuned on is not in it."""
+    tuned = [f"make {noun}?" for noun in ("bomb", "gun", "hat", "cup")]
+    judged = ["sell bomb?", "sell gun?", "make gun?"]
+    paths = []
+    for name, prompts in (("a", tuned), ("b", judged)):
+        paths.append(tmp_path / f"{name}.jsonl")
+        rows = [json.dumps({"prompt": text, "response": "no."}) for text in prompts]
+        paths[-1].write_text("\n".join(rows))
+    flags = ["--tune", "--safety-data", str(paths[0]), "--harmful-data", str(paths[1])]
+    sets = cast.load_sets(cast.parse_args(flags), tiny, load_tokenizer(TINY), 0)
+    safe = {s.problem["prompt"] for s in sets.safe}
+    assert safe <= set(tuned)
+    assert {s.problem["prompt"] for s in sets.harmful} == set(judged) - safe
 
 
 def groups_of(heads, skipped):
@@ -599,9 +687,9 @@ def test_what_is_judged_by_is_not_tuned_on(count, most):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_embedded_sets_share_nothing(seed):
+def test_embedded_sets_share_nothing(tiny, seed):
     """Neither a prompt, nor, for requests, a noun."""
-    sets = cast.load_sets(cast.parse_args(["--tune"]), load_tokenizer(TINY), seed)
+    sets = cast.load_sets(cast.parse_args(["--tune"]), tiny, load_tokenizer(TINY), seed)
     prompts = {name: {s.problem["prompt"] for s in part} for name, part in vars(sets).items()}
     pairs = [("safe", "harmful"), ("util", "benign"), ("util", "offtopic")]
     assert all(prompts[a] and prompts[b] and not prompts[a] & prompts[b] for a, b in pairs)
@@ -641,14 +729,14 @@ def test_a_response_ends_with_the_end_token(chat_template):
     for s, pair in zip(cast.encode_pairs("x", pairs, tokenizer, 500), pairs, strict=True):
         text = tokenizer(pair["response"], add_special_tokens=False).input_ids
         assert s.completion_ids == [*text, tokenizer.eos_token_id]
-        assert tokenizer.decode(s.prompt_ids) == tasks.render(pair, tokenizer)[0]
+        assert tokenizer.decode(s.prompt_ids) == tasks.prompts.render(pair, tokenizer)[0]
 
 
-def test_sets(hub_files):
+def test_sets(tiny, hub_files):
     tokenizer = load_tokenizer(TINY)
     most = ["--examples", "4", "--steps", "1", "--batch-size", "3"]
     args = cast.parse_args(["--tune", *hub_files, *most])
-    sets = cast.load_sets(args, tokenizer, 0)
+    sets = cast.load_sets(args, tiny, tokenizer, 0)
     prompts = {name: {s.problem["prompt"] for s in part} for name, part in vars(sets).items()}
     assert all(3 <= len(part) <= 4 for part in prompts.values())  # one may be too long
     assert not prompts["safe"] & prompts["harmful"] and not prompts["util"] & prompts["offtopic"]
@@ -658,8 +746,8 @@ def test_sets(hub_files):
         assert text == s.problem["response"] and s.completion_ids[-1] == tokenizer.eos_token_id
         assert tokenizer.decode(s.prompt_ids) == s.problem["prompt"]
     assert all(s.problem["response"] == "" for s in sets.benign)
-    again = cast.load_sets(args, tokenizer, 0)
-    other = cast.load_sets(args, tokenizer, 1)
+    again = cast.load_sets(args, tiny, tokenizer, 0)
+    other = cast.load_sets(args, tiny, tokenizer, 1)
     assert sets == again != other
 
 
@@ -771,12 +859,17 @@ def test_arms_have_the_size_asked_for(layers, H, seed, data):
     count = data.draw(st.integers(0, layers * H))
     arms = cast_compare.make_arms(found, count, 2, random.Random(seed))
     named = {arm.name: arm for arm in arms}
-    assert len(arms) == 11 and len(named) == 10
+    assert len(arms) == 15 and len(named) == 13
     plain = [(named[name].trainable, named[name].skipped) for name in ("full", "MLP only")]
     assert plain == [("all", set()), ("mlp", set())] and named["all heads"].skipped == set()
     for arm in arms:
         if arm.name.startswith("skip") and arm.name != "skip layer 0":
             assert arm.trainable == "heads" and len(arm.skipped) == count
+
+    of_layers = Counter(layer for layer, _ in named["skip top C"].skipped)
+    for arm in arms:
+        if arm.name == "skip random, same layers":
+            assert Counter(layer for layer, _ in arm.skipped) == of_layers
 
     def C_of(places):
         return sorted(found.C[place].item() for place in places)
@@ -790,6 +883,52 @@ def test_arms_have_the_size_asked_for(layers, H, seed, data):
         assert C_of(chosen) == sorted(found.C[layer].tolist())[H - len(chosen) :]
         sizes.append(len(chosen))
     assert max(sizes) - min(sizes) <= 1
+
+
+vectors = st.lists(st.floats(-10, 10), min_size=5, max_size=5).map(torch.tensor)
+
+
+@given(vectors, vectors)
+def test_projected_gradients(safe, util):
+    """What is left does not point against utility, and along nothing else anything has changed."""
+    names = {"a": slice(0, 2), "b": slice(2, 5)}
+    of_safe = {name: safe[part] for name, part in names.items()}
+    of_util = {name: util[part] for name, part in names.items()}
+    found = torch.cat(list(cast_compare.project(of_safe, of_util).values()))
+    scale = 1e-4 * (1 + safe.norm() * util.norm()).item()
+    assert found @ util >= -scale
+    if safe @ util >= 0:
+        assert torch.equal(found, safe)
+    elif util.norm() > 1e-3:
+        change = found - safe
+        direction = util / util.norm()
+        torch.testing.assert_close(change, (change @ direction) * direction, atol=1e-4, rtol=1e-4)
+        assert abs(found @ util) <= scale
+    together = torch.cat(list(cast_compare.replay(of_safe, of_util).values()))
+    assert torch.equal(together, safe + util)
+
+
+def test_tuning_with_utility_gradients():
+    """Replay descends on both losses; a projection that finds no conflict is plain tuning."""
+    heads = find_heads(awkward("llama"))
+    args = SimpleNamespace(**{**TUNING, "weight_decay": 0.0, "steps": 12})
+    safe, util = draw_samples(4, 1), draw_samples(4, 2)
+    ends = {}
+    for name, utility, combine in [
+        ("plain", (), None),
+        ("replay", util, cast_compare.replay),
+        ("project on itself", safe, cast_compare.project),
+    ]:
+        model = awkward("llama")
+        masks = trained_masks(model, heads, {(0, 1)})
+        start = weights_of(model)
+        for _ in cast.sft(model, safe, masks, args, 0, utility, combine):
+            pass
+        assert update_of(model, start, masks).frozen_identical
+        ends[name] = (weights_of(model), cast.nll(model, util, MANY).sum())
+    for name, p in ends["plain"][0].items():
+        assert torch.equal(p, ends["project on itself"][0][name])
+    assert ends["replay"][1] < ends["plain"][1]
 
 
 @given(st.lists(st.floats(1e-4, 1.0), min_size=2, max_size=6), st.floats(1e-4, 1.0))
@@ -829,10 +968,34 @@ def test_compare(tmp_path, capsys, monkeypatch):
     assert all(line in out for line in result["answers"]) and "10 heads of top C" in out
     assert len(result["seeds"]) == 2 == len(result["matched_nll"])
     for seed, level in zip(result["seeds"], result["matched_nll"]):
-        assert len(seed) == 10
+        assert len(seed) == 13
         for arm in seed.values():
             assert [row["step"] for row in arm["trajectory"]] == [0, 1, 3]
             assert arm["start"] == seed["full"]["start"] and arm["end"]["update_norm"] > 0
             assert arm["matched"]["safety_nll"] == pytest.approx(level, rel=0.1)
             assert arm["end"]["safety_nll"] <= level < arm["start"]["safety_nll"]
     assert names_in(tmp_path) == {"compare.json", "compare.png"}
+
+
+def test_every_arm_has_a_look_of_its_own(tmp_path, monkeypatch):
+    """The picture has a panel a measure, and in each of them a line an arm."""
+    from matplotlib.figure import Figure
+
+    figures = []
+    monkeypatch.setattr(cast_compare, "save_figure", lambda figure, path: figures.append(figure))
+    row = dict.fromkeys(cast_compare.PANELS, 0.5)
+    seed = {
+        arm.name: {"trajectory": [{**row, "safety_nll": level} for level in (1.0, 0.5)]}
+        for arm in cast_compare.make_arms(
+            cast.ConflictMap(*torch.rand(3, 3, 4)), 4, 1, random.Random(0)
+        )
+    }
+    cast_compare.draw_frontier([seed], tmp_path / "x.png")
+    (figure,) = figures
+    assert isinstance(figure, Figure) and len(figure.axes) == len(cast_compare.PANELS)
+    for axis in figure.axes:
+        looks = {(line.get_color(), line.get_marker()) for line in axis.lines}
+        assert len(looks) == len(axis.lines) == len(seed)
+        assert "better" in axis.get_ylabel() and "safer" in axis.get_xlabel()
+    (legend,) = figure.legends
+    assert {text.get_text() for text in legend.texts} == set(seed)

@@ -323,7 +323,7 @@ def test_refusals_are_judged_by_greedy_answers(monkeypatch):
     monkeypatch.setattr(evaluation, "complete", spied)
     tokenizer = models.load_tokenizer(str(ROOT / "tiny"))
     model = models.load_model(str(ROOT / "tiny"), torch.device("cpu"))
-    problems = tasks.encode([{"prompt": "3+4+5+6="}] * 24, tokenizer, 100)
+    problems = tasks.prompts.encode([{"prompt": "3+4+5+6="}] * 24, tokenizer, 100)
     args = evaluation.parse_args(["--batch-size", "12", "--max-completion-length", "24"])
     rates = evaluation.refusal_rates(model, tokenizer, {"sums": problems}, args)
     assert rates["sums"]["prompts"] == 24

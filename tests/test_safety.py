@@ -224,7 +224,7 @@ def test_chat_is_kept_whole(tmp_path, name):
     assert counts == {"rows": 2, "kept": 1, "duplicate prompt": 1}
     (pair,), _ = load_pairs(path, "over-refusal")
     assert pair["messages"] == CHAT and pair["response"] == ""
-    text, _ = tasks.render(pair, None)
+    text, _ = tasks.prompts.render(pair, None)
     assert all(each["content"] in text for each in CHAT) and "8" not in text
 
 

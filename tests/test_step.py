@@ -286,7 +286,7 @@ def plain_steps(folder, drawn, flags, problems, is_right):
         groups = []
         for problem in wanted:
             group = drawn[taken * G : (taken + 1) * G]
-            text, _ = tasks.render(problem, tokenizer)
+            text, _ = tasks.prompts.render(problem, tokenizer)
             assert [s.prompt_ids for s in group] == [tokenizer(text).input_ids] * G
             for s in group:
                 judge(s, flags, tokenizer, is_right, stops)

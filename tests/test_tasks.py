@@ -22,9 +22,10 @@ from hypothesis import strategies as st
 
 import tasks
 from engine.errors import UserError
-from tasks import arithmetic, describe, encode, load, render, take
+from tasks import arithmetic, describe, load, take
 from tasks import math as maths
 from tasks import rows as data_rows
+from tasks.prompts import encode, render
 from tasks.rows import as_prompt, local_rows
 from tasks.verify import parses
 from tests.conftest import ROOT
@@ -1258,7 +1259,7 @@ BAD_TEMPLATES = {
 
 @pytest.mark.parametrize("name", BAD_TEMPLATES)
 def test_bad_chat_template(monkeypatch, name):
-    monkeypatch.setattr(tasks, "RENDER_SECONDS", 0.5)
+    monkeypatch.setattr(tasks.prompts, "RENDER_SECONDS", 0.5)
     bad = tokenizer(BAD_TEMPLATES[name])
     before = signal.getsignal(signal.SIGALRM)
     others = signal.getitimer(signal.ITIMER_REAL)

@@ -1,0 +1,415 @@
+"""TEPO, GRPO and DAPO on a real pretrained model and real word problems, on two CPU cores.
+
+    python -m experiments.pretrained                       # once: models/SmolLM2-135M-Instruct
+    python -m experiments.real_rl --data asdiv.jsonl       # the same command goes on after a stop
+
+asdiv.jsonl is ASDiv (Miao et al. 2020) with the columns body, question, answer, formula, as
+https://github.com/QwenLM/Qwen2.5-Math has it in evaluation/data/asdiv/test.jsonl. Taken are the
+problems that one operation on two whole numbers solves. They are cut into three parts, always the
+same: a few for a short supervised warm start (SmolLM2 gets hardly any of them right, and rambles),
+some that are held out, and all others to learn from by reward.
+
+Each run is one of train.py, judged by eval.py before and after, both called as a user would call
+them. The runs share all flags but --algo and --seed.
+real_rl.json holds what came out, real_rl.png shows it, and the tables of docs/RESULTS.md are what
+is printed at the end.
+"""
+
+import argparse
+import os
+import random
+import re
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from statistics import fmean, stdev
+
+import torch
+from tqdm import tqdm
+
+import cast
+from engine.errors import UserError, run_script
+from engine.files import read_json, read_jsonl, replacing, save_figure, write_json, write_jsonl
+from engine.flags import non_negative_int, positive_float, positive_int
+from engine.models import load_model, load_tokenizer, resolve_model
+from rollout import Sample
+from tasks.prompts import encode, prompted
+from tasks.rows import local_rows
+
+ROOT = Path(__file__).resolve().parent.parent
+ALGORITHMS = ("tepo", "grpo", "dapo")
+SYSTEM = "Write one equation, then #### and the answer."
+ONE_OPERATION = re.compile(r"(\d+[-+*/]\d+)=(\d+)")
+HELD_OUT = 200  # problems
+SETTINGS = [  # of train.py, for all runs: the same recipe, so that the objectives alone differ
+    *("--num-prompts", "12", "--num-generations", "8", "--max-completion-length", "32"),
+    *("--steps-per-generation", "4", "--num-iterations", "2", "--dynamic-sampling", "filter"),
+    *("--epsilon", "0.2", "--epsilon-high", "0.28", "--overlong", "none"),
+    *("--no-gradient-checkpointing", "--save-steps", "20", "--max-tokens-per-batch", "2048"),
+]
+JUDGING = {  # of eval.py: sampled as in training, and greedily
+    "judged": ["--temperature", "1", "--num-samples", "4"],
+    "greedy": ["--temperature", "0", "--num-samples", "1"],
+}
+
+
+# --------------------------------------------------------------------------------------------------
+# Problems, and a model that has seen a few of them solved
+
+
+def one_operation_problems(path):
+    """The problems of an ASDiv file that one operation solves, as dicts problem, answer, response.
+
+    Raises UserError when there are too few.
+    """
+    problems = {}
+    for row in local_rows(path, "train"):
+        formula = str(row.get("formula", "")).replace(" ", "")
+        match = ONE_OPERATION.fullmatch(formula)
+        if match and row.get("body") and row.get("question"):
+            text = f"{row['body'].strip()} {row['question'].strip()}"
+            response = f"{formula}\n#### {match[2]}"
+            problems[text] = {"problem": text, "answer": match[2], "response": response}
+    if len(problems) < 20:
+        raise UserError(
+            f"--data {path}: {len(problems)} problems of one operation; needed are the columns "
+            "body, question and formula of ASDiv"
+        )
+    found = list(problems.values())
+    random.Random("the parts of ASDiv").shuffle(found)
+    return found
+
+
+def write_parts(args, directory):
+    """Writes warm.jsonl, train.jsonl and test.jsonl to a directory, unless they are there."""
+    if (directory / "train.jsonl").exists():
+        return
+    problems = one_operation_problems(args.data)
+    held_out = min(HELD_OUT, len(problems) // 4)
+    warm = min(args.warm_steps * 8, len(problems) // 4)
+    plain = [{"problem": p["problem"], "answer": p["answer"]} for p in problems]
+    write_jsonl(directory / "test.jsonl", plain[:held_out])
+    write_jsonl(directory / "warm.jsonl", problems[held_out : held_out + warm])
+    write_jsonl(directory / "train.jsonl", plain[held_out + warm :])
+
+
+def warm_start(args, directory):
+    """Writes warm/ to a directory: the model after a few steps on worked solutions."""
+    name = resolve_model(args.model)
+    tokenizer = load_tokenizer(name)
+    model = load_model(name, "cpu")
+    torch.set_num_threads(args.threads * args.jobs)
+    rows = [{**row, "prompt": row["problem"]} for row in read_jsonl(directory / "warm.jsonl")]
+    prompting = argparse.Namespace(system_prompt=SYSTEM, instruction="", chat_template_kwargs=None)
+    samples = []
+    for problem in encode(prompted(rows, tokenizer, prompting), tokenizer, 1000):
+        response = tokenizer(problem["response"], add_special_tokens=False).input_ids
+        samples.append(Sample(problem["prompt_ids"], response + [tokenizer.eos_token_id]))
+    masks = {name: torch.ones_like(p, dtype=torch.bool) for name, p in model.named_parameters()}
+    settings = argparse.Namespace(
+        learning_rate=args.warm_learning_rate,
+        weight_decay=0.0,
+        steps=args.warm_steps,
+        batch_size=8,
+        max_tokens_per_batch=2048,
+        max_grad_norm=1.0,
+    )
+    steps = cast.sft(model, samples, masks, settings, seed=0)
+    for step, loss in tqdm(steps, "warm start", total=args.warm_steps, disable=None):
+        print(f"warm start, step {step}: loss {loss:.4f}")
+    with replacing(directory / "warm") as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+# --------------------------------------------------------------------------------------------------
+# Runs. A task is a list of commands, one after another; several tasks run at a time.
+
+
+def prompt_flags():
+    """How train.py and eval.py are to ask."""
+    return ["--system-prompt", SYSTEM, "--instruction", ""]
+
+
+def judge_command(args, directory, model, way):
+    """The command that judges a model on the held-out problems, or None where that is done.
+
+    model: the name of a folder in the directory; way: a key of JUDGING.
+    """
+    folder = directory / f"{model}-{way}"
+    if (folder / "results.json").exists():
+        return None
+    command = ["eval.py", "--output-dir", str(folder)]
+    if (folder / "args.json").exists():
+        return [*command, "--resume"]
+    command += ["--model", str(directory / model), "--data", str(directory / "test.jsonl")]
+    command += ["--limit", str(args.limit), "--max-completion-length", "32", "--batch-size", "64"]
+    return [*command, *JUDGING[way], *prompt_flags(), "--threads", str(args.threads)]
+
+
+def train_command(args, directory, algo, seed):
+    """The command that trains, or goes on to train; None where the run is done."""
+    folder = directory / f"{algo}-{seed}"
+    if len(read_jsonl(folder / "metrics.jsonl")) >= args.steps:
+        return None
+    command = ["train.py", "--output-dir", str(folder), "--steps", str(args.steps)]
+    if (folder / "args.json").exists():
+        return [*command, "--resume"]
+    command += ["--algo", algo, "--model", str(directory / "warm"), "--seed", str(seed)]
+    command += ["--data", str(directory / "train.jsonl"), *SETTINGS, *prompt_flags()]
+    return [*command, "--learning-rate", str(args.learning_rate), "--threads", str(args.threads)]
+
+
+def commands_of(args, directory):
+    """The tasks: first the judgement of the start, then the runs, each with its judgement.
+
+    A task is a list of functions that return a command, or None where nothing is left to do.
+    """
+    judge = partial(judge_command, args, directory)
+    tasks = [[partial(judge, "warm", way) for way in JUDGING]]
+    for seed in range(args.seed, args.seed + args.seeds):
+        for algo in ALGORITHMS:
+            train = partial(train_command, args, directory, algo, seed)
+            tasks.append([train, *(partial(judge, f"{algo}-{seed}", way) for way in JUDGING)])
+    return tasks
+
+
+def finished_steps(args, directory):
+    """The steps of all runs so far."""
+    folders = directory.glob("*-*/metrics.jsonl")
+    return sum(min(len(read_jsonl(path)), args.steps) for path in folders)
+
+
+def run_all(args, directory):
+    """Runs all tasks, --jobs at a time, with a bar over the steps of all runs.
+
+    Raises UserError when one of them fails, with the file in which its words are.
+    """
+    waiting = commands_of(args, directory)
+    running = []  # of (process, the commands left, log)
+    total = args.steps * args.seeds * len(ALGORITHMS)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
+    with tqdm(desc="steps of all runs", total=total, disable=None) as bar:
+        while waiting or running:
+            while waiting and len(running) < args.jobs:
+                running.append((None, waiting.pop(0), None))
+            still = []
+            for process, commands, log in running:
+                if process is not None and process.poll() is None:
+                    still.append((process, commands, log))
+                    continue
+                if process is not None and process.returncode:
+                    for other, _, _ in running:
+                        if other is not None and other.poll() is None:
+                            other.terminate()
+                    raise UserError(f"a run has failed: its words are in {log}")
+                command = None
+                while commands and command is None:
+                    command = commands.pop(0)()
+                if command is not None:
+                    log = directory / "log.txt"
+                    with log.open("a") as words:
+                        process = subprocess.Popen(
+                            [sys.executable, *command],
+                            cwd=ROOT,
+                            env=environment,
+                            stdout=words,
+                            stderr=words,
+                        )
+                    still.append((process, commands, log))
+            running = still
+            bar.update(finished_steps(args, directory) - bar.n)
+            time.sleep(1)
+
+
+# --------------------------------------------------------------------------------------------------
+# What came out
+
+
+def accuracy(folder):
+    """Accuracy on the held-out problems and its standard error, by eval.py."""
+    (result,) = read_json(folder / "results.json")["results"].values()
+    return result[f"avg@{result['samples']}"], result["stderr"]
+
+
+def collect(args, directory):
+    """All figures of the runs, as a dict, ready for JSON."""
+    runs = {}
+    for algo in ALGORITHMS:
+        runs[algo] = []
+        for seed in range(args.seed, args.seed + args.seeds):
+            rows = read_jsonl(directory / f"{algo}-{seed}" / "metrics.jsonl")[: args.steps]
+            kept = ("reward", "entropy", "clip_ratio/low", "clip_ratio/high", "kl_mask_fraction")
+            kept += ("updates", "groups_sampled", "frac_reward_zero_std")
+            runs[algo].append(
+                {
+                    "seed": seed,
+                    "accuracy": accuracy(directory / f"{algo}-{seed}-judged"),
+                    "greedy": accuracy(directory / f"{algo}-{seed}-greedy"),
+                    "seconds": sum(
+                        value
+                        for row in rows
+                        for key, value in row.items()
+                        if key.startswith("seconds/")
+                    ),
+                    **{key: [row.get(key) for row in rows] for key in kept},
+                }
+            )
+    first = read_jsonl(directory / "warm-judged" / "samples.jsonl")
+    return {
+        "flags": {key: str(value) for key, value in vars(args).items()},
+        "settings": SETTINGS,
+        "start": accuracy(directory / "warm-judged"),
+        "start_greedy": accuracy(directory / "warm-greedy"),
+        "first_prompt": read_json(directory / "warm-judged" / "results.json")["first_prompts"],
+        "problems": {
+            part: len(read_jsonl(directory / f"{part}.jsonl")) for part in ("warm", "train", "test")
+        },
+        "runs": runs,
+        "samples_before": shown(first),
+        "samples_after": shown(
+            read_jsonl(directory / f"tepo-{args.seed}-judged" / "samples.jsonl")
+        ),
+    }
+
+
+def shown(samples):
+    """Four completions for a reader: two right ones and two wrong ones."""
+    keys = ("prompt", "answer", "completion", "right")
+    picked = []
+    for right in (True, False):
+        some = [s for s in samples[::4] if s["right"] == right]
+        picked += [{key: s[key] for key in keys} for s in some[:2]]
+    return picked
+
+
+def present(values):
+    """The values that are not None: a step without an update has no entropy."""
+    return [value for value in values if value is not None]
+
+
+def print_tables(found):
+    """The tables of docs/RESULTS.md, as Markdown."""
+    start, error = found["start"]
+    greedy, _ = found["start_greedy"]
+    columns = ["", "reward, first 5 steps", "last 5", "held out before", "after", "times"]
+    columns += ["greedy before, after", "entropy, first 5, last 5", "clipped", "M", "updates"]
+    columns += ["minutes"]
+    print("| " + " | ".join(columns) + " |")
+    print("|---" * len(columns) + "|")
+    for algo, runs in found["runs"].items():
+        for run in runs:
+            after, after_error = run["accuracy"]
+            entropy = present(run["entropy"])
+            low, high = present(run["clip_ratio/low"]), present(run["clip_ratio/high"])
+            clipped = fmean(a + b for a, b in zip(low, high)) if low else 0.0
+            masked = fmean(present(run["kl_mask_fraction"]) or [0.0])
+            cells = [
+                f"{algo.upper()}, seed {run['seed']}",
+                f"{fmean(run['reward'][:5]):.3f}",
+                f"{fmean(run['reward'][-5:]):.3f}",
+                f"{100 * start:.1f} ± {100 * (error or 0):.1f}%",
+                f"{100 * after:.1f} ± {100 * (after_error or 0):.1f}%",
+                f"{after / max(start, 1e-9):.2f}",
+                f"{100 * greedy:.1f}, {100 * run['greedy'][0]:.1f}%",
+                f"{fmean(entropy[:5] or [0]):.3f}, {fmean(entropy[-5:] or [0]):.3f}",
+                f"{100 * clipped:.2f}%",
+                f"{masked:.3f}",
+                f"{sum(run['updates'])}",
+                f"{run['seconds'] / 60:.0f}",
+            ]
+            print("| " + " | ".join(cells) + " |")
+    for algo, runs in found["runs"].items():
+        after = [run["accuracy"][0] for run in runs]
+        spread = f", sd {100 * stdev(after):.1f} over {len(after)} seeds" if len(after) > 1 else ""
+        word = "doubled" if all(a >= 2 * start for a in after) else "not doubled"
+        print(f"{algo.upper()}: {100 * start:.1f}% -> {100 * fmean(after):.1f}%{spread}: {word}")
+
+
+def smoothed(values, width=5):
+    """The mean of each value and the width - 1 before it; None counts as the value before."""
+    held = []
+    for value in values:
+        held.append(value if value is not None else (held[-1] if held else 0.0))
+    return [fmean(held[max(0, i - width + 1) : i + 1]) for i in range(len(held))]
+
+
+def draw(found, path):
+    """Reward, entropy, clipped share and M over the steps: mean and range of the seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = {
+        "reward (mean of 5 steps)": ["reward"],
+        "entropy (nats a token)": ["entropy"],
+        "share of tokens clipped": ["clip_ratio/low", "clip_ratio/high"],
+        "share of tokens with a KL term (M)": ["kl_mask_fraction"],
+    }
+    figure, axes = pyplot.subplots(1, 4, figsize=(17, 3.8), layout="constrained")
+    for axis, (title, keys) in zip(axes, panels.items()):
+        for (algo, runs), color in zip(found["runs"].items(), ("tab:red", "tab:blue", "tab:green")):
+            curves = []
+            for run in runs:
+                parts = [smoothed(run[key]) for key in keys]
+                curves.append([sum(values) for values in zip(*parts)])
+            steps = range(1, len(curves[0]) + 1)
+            by_step = list(zip(*curves))
+            axis.plot(steps, [fmean(values) for values in by_step], color=color, label=algo.upper())
+            axis.fill_between(
+                steps, list(map(min, by_step)), list(map(max, by_step)), color=color, alpha=0.15
+            )
+        axis.set(title=title, xlabel="step")
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    seeds = len(next(iter(found["runs"].values())))
+    figure.suptitle(f"Mean over {seeds} seeds, band from the lowest to the highest")
+    save_figure(figure, path)
+
+
+# --------------------------------------------------------------------------------------------------
+# The command
+
+
+def parse_args(argv=None):
+    """The flags."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    flag = parser.add_argument
+    flag("--data", required=True, help="a file with ASDiv's columns")
+    flag("--model", default="models/SmolLM2-135M-Instruct", help="where it starts")
+    flag("--output-dir", default="runs/real_rl", help="of the runs; those that are done stay")
+    flag("--seed", type=non_negative_int, default=0, help="the first one")
+    flag("--seeds", type=positive_int, default=2, help="runs of each method")
+    flag("--steps", type=positive_int, default=40, help="of a run")
+    flag("--learning-rate", type=positive_float, default=1e-5, help="of all runs")
+    flag("--warm-steps", type=positive_int, default=16, help="supervised, 8 problems each")
+    flag("--warm-learning-rate", type=positive_float, default=3e-5, help="of the warm start")
+    flag("--limit", type=non_negative_int, default=0, help="judge on so many problems; 0: all")
+    flag("--jobs", type=positive_int, default=2, help="runs at a time")
+    flag("--threads", type=positive_int, default=1, help="of a run")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    directory = Path(args.output_dir).absolute()
+    directory.mkdir(parents=True, exist_ok=True)
+    write_parts(args, directory)
+    if not (directory / "warm").is_dir():
+        warm_start(args, directory)
+    run_all(args, directory)
+    found = collect(args, directory)
+    write_json(directory / "real_rl.json", found)
+    draw(found, directory / "real_rl.png")
+    print_tables(found)
+    print(f"real_rl.json and real_rl.png are in {directory}")
+
+
+if __name__ == "__main__":
+    run_script(main, "real_rl.py", "; the same command goes on where it stopped")
