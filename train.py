@@ -20,6 +20,7 @@ the later ones: a setting with one update a rollout cannot tell them apart.
 import argparse
 import importlib
 import math
+import statistics
 import sys
 import time
 from dataclasses import dataclass
@@ -623,6 +624,19 @@ def update(run, minis):
     }
 
 
+BUSY = 3  # times the median step
+ENOUGH_STEPS = 3  # to know a median
+
+
+def is_slow(seconds, before):
+    """Whether a step took so much longer than those before that the machine must be busy.
+
+    seconds: of sampling a token in this step; before: list of the same. (The rest of a step depends
+    on how many groups are trained on.)
+    """
+    return len(before) >= ENOUGH_STEPS and seconds > BUSY * statistics.median(before)
+
+
 def mean(values):
     """The mean of a list of numbers; 0 for an empty list."""
     return sum(values) / max(len(values), 1)
@@ -706,6 +720,7 @@ def train(args):
         f"{args.num_iterations} epochs; stop tokens "
         f"{run.tokenizer.convert_ids_to_tokens(run.stop_ids)}; writing to {run.directory}"
     )
+    paces = []  # seconds of sampling a token, step by step
     bar = tqdm(total=args.steps, initial=run.step, desc=Path(args.algo).stem, disable=None)
     while run.step < args.steps:
         run.step += 1
@@ -720,6 +735,15 @@ def train(args):
         laps = [end - start for start, end in zip(clock[:-1], clock[1:])]
         log(run, groups, sampled, measured, dict(zip(("sample", "score", "update"), laps)))
         bar.update()
+        pace = laps[0] / sum(len(s.completion_ids) for group in sampled for s in group)
+        if is_slow(pace, paces):
+            usual = statistics.median(paces)
+            tqdm.write(
+                f"note: step {run.step} sampled {pace / usual:.1f} times slower than usual, so "
+                "another program must be busy on this machine; if that lasts, --resume with "
+                "--threads 1 may be faster"
+            )
+        paces.append(pace)
         if run.step == 10 and never_rewarded(run.rows):
             tqdm.write(f"note: in 10 steps {NO_REWARD}")
         if run.step == args.steps or (args.save_steps and run.step % args.save_steps == 0):

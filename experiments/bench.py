@@ -2,13 +2,15 @@
 
     python -m experiments.bench --shape 20m                  # with TRL: pip install trl==1.16.0
     python -m experiments.bench --shape tiny --engine ours   # this project only
+    python -m experiments.bench --model models/SmolLM2-135M-Instruct    # any checkpoint
 
 Both have the same weights, prompts, group size, sampling, DAPO loss, updates a rollout and dtype.
 Each engine runs in a process of its own, in turns, so that a drifting machine slows both. The first
 step of a process is a warm-up. Random weights end a completion because one token in mean_length
-counts as end-of-text: lengths are as uneven as real ones. The engines draw different lengths, so
-seconds are also given for a thousand completion tokens. Memory is the peak while training above
-what the process held when the model was loaded.
+counts as end-of-text: lengths are as uneven as real ones. A checkpoint of --model gets questions
+in words, and ends by itself. The engines draw different lengths, so seconds are also given for a
+thousand completion tokens. Memory is the peak while training above what the process held when the
+model was loaded.
 """
 
 import argparse
@@ -31,10 +33,20 @@ WORK = {  # prompt_tokens: from, to; mean_length: of a completion, if it were no
     "qwen2.5-0.5b": dict(
         num_prompts=4, max_completion_length=64, prompt_tokens=(48, 96), mean_length=32
     ),
+    "checkpoint": dict(num_prompts=8, max_completion_length=64),  # --model
     "qwen2.5-1.5b": dict(
         num_prompts=64, max_completion_length=512, prompt_tokens=(48, 96), mean_length=256
     ),
 }
+
+
+def questions(path):
+    """Writes questions in words to a file, for a checkpoint that can read."""
+    rng = random.Random(0)
+    subjects = ["the number {}", "the year 19{}", "page {} of a book", "a {}-year-old", "{} birds"]
+    texts = [f"Tell me something about {rng.choice(subjects).format(n)}." for n in range(10, 99)]
+    rows = [json.dumps({"problem": text, "answer": "1"}) for text in texts]
+    path.write_text("\n".join(rows))
 
 
 def prepare(shape, folder):
@@ -193,6 +205,48 @@ def trl(args, folder):
     }
 
 
+def product_seconds(args):
+    """Seconds of a product of two 2048 x 2048 matrices in fp32, the fastest of ten."""
+    import torch
+
+    torch.set_num_threads(args.threads)
+    a = torch.randn(2048, 2048, device=args.device)
+    seconds = []
+    for _ in range(10):
+        start = time.perf_counter()
+        a @ a
+        if args.device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def limit(args, tokens):
+    """Seconds that the matrix products of one of our steps would take at this machine's best.
+
+    tokens: completion tokens of a step. A token takes two operations a weight forwards and four
+    backwards. Scoring is forwards, updating both; the head's weights work at completion tokens
+    alone, and once more in the backward pass.
+    """
+    from engine.models import load_model, load_tokenizer, resolve_model
+    from tasks.prompts import encode
+
+    name = resolve_model(args.model)
+    model = load_model(name, "cpu")
+    head = model.get_output_embeddings().weight.numel()
+    layers = sum(p.numel() for p in model.get_decoder().layers.parameters())
+    problems = [json.loads(line) for line in Path(args.data).read_text().splitlines()]
+    problems = [{"prompt": row["problem"]} for row in problems]
+    encoded = encode(problems, load_tokenizer(name), 2048)
+    prompts = WORK[args.shape]["num_prompts"]
+    prompt_tokens = prompts * statistics.fmean(len(p["prompt_ids"]) for p in encoded)
+    sampling = 2 * layers * (prompt_tokens + tokens) + 2 * head * tokens
+    scoring = sampling
+    updating = 6 * layers * (prompt_tokens + tokens) + 8 * head * tokens
+    operations = sampling + scoring + updating
+    return operations / (2 * 2048**3 / product_seconds(args))
+
+
 def run_child(engine, args):
     """Runs one engine in a process of its own and returns its result."""
     command = [sys.executable, "-m", "experiments.bench", "--child", engine]
@@ -235,6 +289,7 @@ def main():
     )
     flag = parser.add_argument
     flag("--shape", choices=WORK, default="20m", help="tiny, or random weights of a true shape")
+    flag("--model", help="a folder with a checkpoint, in place of a shape")
     flag("--engine", choices=["both", "ours", "trl"], default="both", help="what to run")
     flag("--repeats", type=int, default=3, help="processes of each engine, in turns")
     flag("--steps", type=int, default=2, help="timed steps of a process, after one warm-up")
@@ -242,7 +297,6 @@ def main():
     flag("--threads", type=int, default=os.cpu_count(), help="CPU threads of both")
     flag("--max-tokens-per-batch", type=int, default=1024, help="of this project's passes")
     flag("--child", choices=["ours", "trl"], help=argparse.SUPPRESS)
-    flag("--model", help=argparse.SUPPRESS)
     flag("--data", help=argparse.SUPPRESS)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -252,11 +306,24 @@ def main():
             return
         engines = ["ours", "trl"] if args.engine == "both" else [args.engine]
         results = {engine: [] for engine in engines}
-        args.model, args.data = prepare(args.shape, Path(folder))
+        if args.model:
+            args.shape = "checkpoint"
+            args.data = str(Path(folder) / "questions.jsonl")
+            questions(Path(args.data))
+        else:
+            args.model, args.data = prepare(args.shape, Path(folder))
         for repeat in range(args.repeats):
             for engine in engines:
                 results[engine].append(run_child(engine, args))
                 print(f"repeat {repeat + 1}: {engine} done", file=sys.stderr)
+        if args.shape == "checkpoint" and "ours" in results:
+            tokens = statistics.median(n for result in results["ours"] for n in result["tokens"])
+            floor = limit(args, tokens)
+            times = summary(results["ours"])["seconds"] / floor
+            print(
+                f"one of our steps takes {times:.1f} times the {floor:.1f} s that its matrix "
+                "products would take at the speed of one large product\n"
+            )
 
     columns = ["seconds", "least", "most", "per 1k tokens", "sample", "score", "update", "memory"]
     print("| engine | " + " | ".join(columns) + " |")

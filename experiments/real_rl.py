@@ -37,6 +37,7 @@ from engine.models import load_model, load_tokenizer, resolve_model
 from rollout import Sample
 from tasks.prompts import encode, prompted
 from tasks.rows import local_rows
+from train import mean
 
 ROOT = Path(__file__).resolve().parent.parent
 ALGORITHMS = ("tepo", "grpo", "dapo")
@@ -228,10 +229,17 @@ def run_all(args, directory):
 # What came out
 
 
-def accuracy(folder):
-    """Accuracy on the held-out problems and its standard error, by eval.py."""
-    (result,) = read_json(folder / "results.json")["results"].values()
-    return result[f"avg@{result['samples']}"], result["stderr"]
+def accuracies(model):
+    """Accuracy of a model on the held-out problems and its standard error, for each way to judge.
+
+    model: the path of its folder.
+    """
+    found = {}
+    for way in JUDGING:
+        results = read_json(model.with_name(f"{model.name}-{way}") / "results.json")["results"]
+        (result,) = results.values()
+        found[way] = (result[f"avg@{result['samples']}"], result["stderr"] or 0.0)
+    return found
 
 
 def collect(args, directory):
@@ -246,8 +254,7 @@ def collect(args, directory):
             runs[algo].append(
                 {
                     "seed": seed,
-                    "accuracy": accuracy(directory / f"{algo}-{seed}-judged"),
-                    "greedy": accuracy(directory / f"{algo}-{seed}-greedy"),
+                    "accuracy": accuracies(directory / f"{algo}-{seed}"),
                     "seconds": sum(
                         value
                         for row in rows
@@ -261,8 +268,7 @@ def collect(args, directory):
     return {
         "flags": {key: str(value) for key, value in vars(args).items()},
         "settings": SETTINGS,
-        "start": accuracy(directory / "warm-judged"),
-        "start_greedy": accuracy(directory / "warm-greedy"),
+        "start": accuracies(directory / "warm"),
         "first_prompt": read_json(directory / "warm-judged" / "results.json")["first_prompts"],
         "problems": {
             part: len(read_jsonl(directory / f"{part}.jsonl")) for part in ("warm", "train", "test")
@@ -290,42 +296,44 @@ def present(values):
     return [value for value in values if value is not None]
 
 
+def percent(accuracy):
+    """An accuracy and its standard error as a cell of a table."""
+    mean, error = accuracy
+    return f"{100 * mean:.1f} ± {100 * error:.1f}%"
+
+
 def print_tables(found):
     """The tables of docs/RESULTS.md, as Markdown."""
-    start, error = found["start"]
-    greedy, _ = found["start_greedy"]
-    columns = ["", "reward, first 5 steps", "last 5", "held out before", "after", "times"]
-    columns += ["greedy before, after", "entropy, first 5, last 5", "clipped", "M", "updates"]
-    columns += ["minutes"]
+    start = found["start"]
+    columns = ["", "reward, first 5 steps", "last 5", "entropy, first 5 steps", "last 5"]
+    columns += ["clipped", "M", "updates", "minutes"]
+    columns += [f"held out, {way}" for way in JUDGING]
     print("| " + " | ".join(columns) + " |")
     print("|---" * len(columns) + "|")
+    print("| start" + " |" * 8 + "".join(f" {percent(start[way])} |" for way in JUDGING))
     for algo, runs in found["runs"].items():
         for run in runs:
-            after, after_error = run["accuracy"]
             entropy = present(run["entropy"])
             low, high = present(run["clip_ratio/low"]), present(run["clip_ratio/high"])
-            clipped = fmean(a + b for a, b in zip(low, high)) if low else 0.0
-            masked = fmean(present(run["kl_mask_fraction"]) or [0.0])
             cells = [
                 f"{algo.upper()}, seed {run['seed']}",
                 f"{fmean(run['reward'][:5]):.3f}",
                 f"{fmean(run['reward'][-5:]):.3f}",
-                f"{100 * start:.1f} ± {100 * (error or 0):.1f}%",
-                f"{100 * after:.1f} ± {100 * (after_error or 0):.1f}%",
-                f"{after / max(start, 1e-9):.2f}",
-                f"{100 * greedy:.1f}, {100 * run['greedy'][0]:.1f}%",
-                f"{fmean(entropy[:5] or [0]):.3f}, {fmean(entropy[-5:] or [0]):.3f}",
-                f"{100 * clipped:.2f}%",
-                f"{masked:.3f}",
+                f"{mean(entropy[:5]):.3f}",
+                f"{mean(entropy[-5:]):.3f}",
+                f"{100 * mean([a + b for a, b in zip(low, high)]):.2f}%",
+                f"{mean(present(run['kl_mask_fraction'])):.3f}",
                 f"{sum(run['updates'])}",
                 f"{run['seconds'] / 60:.0f}",
+                *[percent(run["accuracy"][way]) for way in JUDGING],
             ]
             print("| " + " | ".join(cells) + " |")
     for algo, runs in found["runs"].items():
-        after = [run["accuracy"][0] for run in runs]
+        before = start["judged"][0]
+        after = [run["accuracy"]["judged"][0] for run in runs]
         spread = f", sd {100 * stdev(after):.1f} over {len(after)} seeds" if len(after) > 1 else ""
-        word = "doubled" if all(a >= 2 * start for a in after) else "not doubled"
-        print(f"{algo.upper()}: {100 * start:.1f}% -> {100 * fmean(after):.1f}%{spread}: {word}")
+        word = "doubled" if min(after) >= 2 * before else "not doubled"
+        print(f"{algo.upper()}: {100 * before:.1f}% -> {100 * fmean(after):.1f}%{spread}: {word}")
 
 
 def smoothed(values, width=5):
