@@ -135,8 +135,8 @@ def load_sets(args, model, tokenizer, seed):
         pairs["harmful"] = [pair for pair in found if pair["prompt"] not in known][:judged]
     if args.utility_data != "embedded":
         # Prompts alone will do where the model's own answers are the reference.
-        kind = "over-refusal" if args.own_answers else "utility"
-        found = load_shuffled(args.utility_data, kind, args.data_root, seed)
+        responses = not args.own_answers
+        found = load_shuffled(args.utility_data, "utility", args.data_root, seed, responses)
         pairs["offtopic"], pairs["util"] = held_out(found, judged)
     if args.benign_data != "embedded":
         found = load_shuffled(args.benign_data, "over-refusal", args.data_root, seed)
@@ -169,9 +169,9 @@ def own_answers(model, tokenizer, samples, args):
     return answered
 
 
-def load_shuffled(name, kind, root, seed):
+def load_shuffled(name, kind, root, seed, responses=True):
     """The pairs of a data set (see tasks.safety.load_pairs), shuffled. Prints how many."""
-    pairs, counts = load_pairs(name, kind, root=root)
+    pairs, counts = load_pairs(name, kind, root=root, responses=responses)
     print(f"{kind} data {name}: " + ", ".join(f"{n:,} {reason}" for reason, n in counts.items()))
     random.Random(f"{seed}, {kind}").shuffle(pairs)
     return pairs

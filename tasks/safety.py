@@ -151,14 +151,15 @@ GATED = {  # of walledai and allenai -> the open set that stands in
 }
 
 
-def load_pairs(name, kind, split=None, root=None):
+def load_pairs(name, kind, split=None, root=None, responses=True):
     """Prompts with the response that is wanted.
 
     name: a key of PAIRS or its hub id, the path of a file or folder (columns: see `plain`), or
     NAME:PATH for a file or folder with the columns of a set in PAIRS.
     kind: "safety" (harmful requests, safe responses), "utility", or "over-refusal" (harmless
     requests that look harmful; no response is wanted, so it is "").
-    split: another split of the set; root: see rows.load_rows.
+    split: another split of the set; root: see rows.load_rows; responses: whether safety and utility
+    pairs need one; if not, it is "".
     Returns (pairs, counts): dicts "prompt", "response", and for a chat of several turns "messages"
     (see rows.as_prompt); and a dict reason -> rows.
     Names columns that were not used on standard error.
@@ -166,10 +167,11 @@ def load_pairs(name, kind, split=None, root=None):
     out of reach, no usable row, or a part of the prompt in a column that is not understood.
     """
     rows, read = open_pairs(name, kind, split, root)
-    pairs, tally = select_pairs(rows, read, kind)
+    responses = responses and kind != "over-refusal"
+    pairs, tally = select_pairs(rows, read, kind, responses)
     hint = ""
     if read is plain:
-        hint = PLAIN_HINT if kind == "over-refusal" else PLAIN_HINT + RESPONSE_HINT
+        hint = PLAIN_HINT + RESPONSE_HINT if responses else PLAIN_HINT
     counts = used_counts(tally, name, hint)
     notes = column_notes(tally, name, "give NAME:PATH (for example mmlu:PATH)")
     if notes and read is plain:  # those of a known set are known
@@ -217,17 +219,16 @@ def open_pairs(name, kind, split, root):
 REASONS = ("no prompt", "no response", "labelled unsafe", "duplicate prompt")
 
 
-def select_pairs(rows, read, kind):
-    """The usable rows as (pairs, tally), each prompt once."""
+def select_pairs(rows, read, kind, wanted):
+    """The usable rows as (pairs, tally), each prompt once. wanted: whether they need a response."""
     tally = new_tally(REASONS)
     counts = tally.counts
-    wanted = kind != "over-refusal"
     pairs = {}
     for row, prompt, response in read_rows(rows, read, scalar if wanted else no_response, tally):
         text = prompt["prompt"]
         if not text:
             counts["no prompt"] += 1
-        elif not wanted and labelled_unsafe(row):
+        elif kind == "over-refusal" and labelled_unsafe(row):
             counts["labelled unsafe"] += 1
         elif wanted and not response:
             counts["no response"] += 1

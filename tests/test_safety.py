@@ -194,12 +194,12 @@ NAN = float("nan")
     ],
 )
 def test_null_hides_nothing(row, response):
-    pairs, _ = select_pairs([row], plain, "utility")
+    pairs, _ = select_pairs([row], plain, "utility", True)
     assert pairs == ([{"prompt": "?", "response": response}] if response else [])
 
 
 def test_input_of_zero_is_kept(tmp_path):
-    pairs, tally = select_pairs([alpaca("Double it.", 0, "0")], plain, "utility")
+    pairs, tally = select_pairs([alpaca("Double it.", 0, "0")], plain, "utility", True)
     assert not pairs and tally.counts["malformed"] == 1  # a number is not dropped in silence
 
 
@@ -257,7 +257,7 @@ BAD_REPLIES += [({"prompt": chat, "response": "x"}, reason) for chat, reason in 
 @pytest.mark.parametrize("row, reason", BAD_REPLIES)
 def test_bad_replies(row, reason):
     read = mmlu if reason is None else plain
-    pairs, tally = select_pairs([row], read, "utility")
+    pairs, tally = select_pairs([row], read, "utility", True)
     assert not pairs and sum(tally.counts.values()) == 2
     assert [n for key, n in tally.counts.items() if (reason or "malformed (ch") in key] == [1]
 
@@ -403,3 +403,14 @@ def test_real_files(name, count):
     if name not in ("xstest_prompts.csv", "xstest_completions_llama2new.csv"):
         pairs, _ = load_pairs(f"jbb:{DATA / name}", "safety")
         assert len(pairs) == count
+
+
+def test_prompts_alone_where_no_response_is_needed(tmp_path):
+    """A known set and a file alike; rows that do have a response do not keep it."""
+    file = tmp_path / "prompts.jsonl"
+    rows = [{"instruction": f"Do {i}."} for i in range(3)] + [{"instruction": "Go.", "output": "x"}]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    for name in (str(file), f"alpaca:{file}"):
+        pairs, counts = load_pairs(name, "utility", responses=False)
+        assert counts["kept"] == 4 and {pair["response"] for pair in pairs} == {""}
+        assert load_pairs(name, "utility")[1]["kept"] == 1
