@@ -332,10 +332,15 @@ class Run:
     rows: list  # of metrics.jsonl
     track: object  # sends a row to --report-to
 
-    def autocast(self):
-        """bf16 on a GPU, fp32 elsewhere."""
+    def autocast(self, cache=True):
+        """bf16 on a GPU, fp32 elsewhere.
+
+        cache: whether a weight is cast once for all its uses. Then the gradients of its uses add up
+        in bf16: those of the LM head in the many chunks of `score` lose digits. So not there.
+        """
         device = self.model.device.type
-        return torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
+        on = device == "cuda"
+        return torch.autocast(device, torch.bfloat16, enabled=on, cache_enabled=cache)
 
 
 def load_policy(args, name, device, dtype, resumed):
@@ -519,7 +524,7 @@ def old_statistics(run, samples):
         batch = collate(part, run.model.device, run.share_prompts)
         batch["advantages"] = torch.tensor([s.advantage for s in part], device=run.model.device)
         # The very batch that the update will use, so that the first ratio is exactly 1.
-        with torch.no_grad(), run.autocast():
+        with torch.no_grad(), run.autocast(cache=False):
             batch["old_logp"], batch["old_entropy"] = score(run.model, batch, args.temperature)
             if run.reference is not None:
                 batch["ref_logp"], _ = score(run.reference, batch, args.temperature)
@@ -590,7 +595,7 @@ def update(run, minis):
     parameters = run.optimizer.param_groups[0]["params"]
     for batches in minis * args.num_iterations:
         for batch in batches:
-            with run.autocast():
+            with run.autocast(cache=False):
                 logp, entropy = score(run.model, batch, args.temperature)
             mask = batch["mask"]
             loss, metrics = checked_loss(run, batch, logp, entropy)

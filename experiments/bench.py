@@ -248,7 +248,7 @@ def limit(args, tokens):
 
 
 def run_child(engine, args):
-    """Runs one engine in a process of its own and returns its result."""
+    """Runs one engine in a process of its own and returns its result, or None where it failed."""
     command = [sys.executable, "-m", "experiments.bench", "--child", engine]
     for name in ("shape", "steps", "device", "threads", "max_tokens_per_batch", "model", "data"):
         command += ["--" + name.replace("_", "-"), str(getattr(args, name))]
@@ -257,7 +257,8 @@ def run_child(engine, args):
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     if not lines:
         reason = done.stderr.strip()[-800:]
-        sys.exit(f"{engine} failed:\n{reason}\n(trl is an extra: pip install trl==1.16.0)")
+        print(f"{engine} failed:\n{reason}\n(trl is an extra: pip install trl==1.16.0)")
+        return None
     return json.loads(lines[0].removeprefix("RESULT "))
 
 
@@ -314,8 +315,11 @@ def main():
             args.model, args.data = prepare(args.shape, Path(folder))
         for repeat in range(args.repeats):
             for engine in engines:
-                results[engine].append(run_child(engine, args))
+                result = run_child(engine, args)
+                if result:
+                    results[engine].append(result)
                 print(f"repeat {repeat + 1}: {engine} done", file=sys.stderr)
+        results = {engine: found for engine, found in results.items() if found}
         if args.shape == "checkpoint" and "ours" in results:
             tokens = statistics.median(n for result in results["ours"] for n in result["tokens"])
             floor = limit(args, tokens)
@@ -331,7 +335,7 @@ def main():
     rows = {engine: summary(found) for engine, found in results.items()}
     for engine, row in rows.items():
         print(f"| {engine} | " + " | ".join(f"{row[name]:.3f}" for name in columns) + " |")
-    if len(engines) == 2:
+    if len(rows) == 2:
         for name in ("seconds", "per 1k tokens", "memory"):
             print(f"{name}: ours / trl = {rows['ours'][name] / rows['trl'][name]:.2f}")
 

@@ -396,7 +396,7 @@ def parse_args(argv=None):
     flag("--seeds", type=positive_int, default=2, help="runs of each method")
     flag("--steps", type=positive_int, default=40, help="of a run")
     flag("--learning-rate", type=positive_float, default=1e-5, help="of all runs")
-    flag("--warm-steps", type=positive_int, default=16, help="supervised, 8 problems each")
+    flag("--warm-steps", type=positive_int, default=8, help="supervised, 8 problems each")
     flag("--warm-learning-rate", type=positive_float, default=3e-5, help="of the warm start")
     flag("--limit", type=non_negative_int, default=0, help="judge on so many problems; 0: all")
     flag("--jobs", type=positive_int, default=2, help="runs at a time")
