@@ -283,7 +283,8 @@ def summary(results):
     }
 
 
-def main():
+def parse_args(argv=None):
+    """The flags."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -299,7 +300,11 @@ def main():
     flag("--max-tokens-per-batch", type=int, default=1024, help="of this project's passes")
     flag("--child", choices=["ours", "trl"], help=argparse.SUPPRESS)
     flag("--data", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main():
+    args = parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if args.child:
             engine = {"ours": ours, "trl": trl}[args.child]

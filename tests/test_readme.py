@@ -5,6 +5,7 @@ import importlib
 import io
 import re
 import runpy
+import shlex
 import signal
 import subprocess
 import sys
@@ -51,8 +52,14 @@ def commands_in(pages):
 
 
 COMMANDS = commands_in(blocks("bash"))
-OF_REAL_MODELS = [command for command in COMMANDS if "Qwen" in command]
-MINUTES = ("experiments.bench", "experiments.scaling", "experiments.families", "experiments.shapes")
+OF_REAL_MODELS = [c for c in COMMANDS if "Qwen" in c or "SmolLM2" in c or "real_rl" in c]
+MINUTES = (
+    "experiments.bench",
+    "experiments.scaling",
+    "experiments.families",
+    "experiments.shapes",
+    "experiments.gpu",
+)
 RUNNABLE = [
     command
     for command in COMMANDS
@@ -121,9 +128,13 @@ def test_command_runs(command, workplace, monkeypatch, capsys):
 
 @pytest.mark.parametrize("command", OF_REAL_MODELS)
 def test_command_for_a_real_model_parses(command):
-    script, *flags = command.split()[1:]
+    script, *flags = shlex.split(command)[1:]
+    if script == "-m":
+        script, *flags = flags
+    if "--compare" in flags:
+        script = "experiments.cast_compare"
     args = importlib.import_module(script.removesuffix(".py")).parse_args(flags)
-    if script == "train.py":
+    if script == "train.py" and "Qwen" in command:
         with pytest.raises(UserError, match=r"Qwen/Qwen2\.5-[\d.]+B: not on this machine"):
             train.train(args)
 
