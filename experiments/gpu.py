@@ -87,9 +87,10 @@ def load(name, device):
     return model, [row[: 48 + i % 48] for i, row in enumerate(ids)], [-1]
 
 
-def precision(model, low):
-    """A context: bf16 autocast where `low`, else none."""
-    return torch.autocast(model.device.type, torch.bfloat16, enabled=low)
+def precision(model, low, cache=True):
+    """A context: bf16 autocast where `low`, else none. cache: see train.Run.autocast."""
+    kind = model.device.type
+    return torch.autocast(kind, torch.bfloat16, enabled=low, cache_enabled=cache)
 
 
 def draw(model, prompts, stop_ids, length, low):
@@ -103,7 +104,7 @@ def draw(model, prompts, stop_ids, length, low):
 def scored(model, samples, low, gradient=False):
     """Log-probs of all completion tokens from rollout.score: [n], in nats, detached."""
     batch = collate(samples, model.device)
-    with torch.set_grad_enabled(gradient), precision(model, low):
+    with torch.set_grad_enabled(gradient), precision(model, low, cache=False):
         logp, _ = score(model, batch, temperature=1.0)  # [B, T]
     return logp.detach()[batch["mask"]]
 
@@ -165,7 +166,7 @@ def learn(model, tokens):
         samples += [Sample(row[0], completion) for completion in row[1:]]
     batch = collate(samples, model.device)
     start = time.perf_counter()
-    with precision(model, low=True):
+    with precision(model, low=True, cache=False):
         logp, _ = score(model, batch, temperature=1.0)  # [B, T]
     logp.sum().backward()
     if model.device.type == "cuda":

@@ -45,7 +45,7 @@ SYSTEM = "Write one equation, then #### and the answer."
 ONE_OPERATION = re.compile(r"(\d+[-+*/]\d+)=(\d+)")
 HELD_OUT = 200  # problems
 SETTINGS = [  # of train.py, for all runs: the same recipe, so that the objectives alone differ
-    *("--num-prompts", "12", "--num-generations", "8", "--max-completion-length", "32"),
+    *("--num-prompts", "8", "--num-generations", "8", "--max-completion-length", "32"),
     *("--steps-per-generation", "4", "--num-iterations", "2", "--dynamic-sampling", "filter"),
     *("--epsilon", "0.2", "--epsilon-high", "0.28", "--overlong", "none"),
     *("--no-gradient-checkpointing", "--save-steps", "20", "--max-tokens-per-batch", "2048"),
