@@ -7,7 +7,8 @@ the first check that can decide decides:
     2. a choice             gold A or (A) 5: (A), A. 5 and \textbf{(A) }5 are right
     3. the same text        without LaTeX spacing, \left, \dfrac, $, degrees: right
     4. units                5 cm is not 5 m; a unit on one side only is ignored
-    5. two numbers          exact fractions: 1,234 = 1234, 07 = 7, 0.50 = \frac{2}{4}, 4e3 = 4000
+    5. two numbers          exact fractions: 1,234 = 1234, 07 = 7, 0.50 = \frac{2}{4}, 4e3 = 4000;
+                            75+25 is no answer where a number is asked for, nor is 50/5 for 10
     6. a word               gold "east": only the word itself (to sympy seat = east: e*a*s*t)
     7. hostile size         towers of powers, exponents and factorials of five digits: wrong
     8. algebra              both are parsed, each as a whole, and sympy compares them
@@ -246,10 +247,45 @@ def choice(text):
     return (match["inside"] or match["before"], match["value"]) if match else ("", "")
 
 
+ARITHMETIC = re.compile(
+    r"(?: [-+*/^×÷·0-9.,()\[\]{}$£€¥₹ ] | \\\$ | \\(?:times|cdot|div|frac|left|right)(?![a-z]) )+",
+    re.VERBOSE,
+)
+QUOTIENT = re.compile(r"/|÷|\\(?:div|frac)(?![a-z])")
+OPERATION = re.compile(
+    r"""
+    [+*×·] | \\(?:times|cdot)(?![a-z])
+    | (?<=[0-9)\]}$]) [ ]* [-(]              # 7-5, 7(5); not -5
+    """,
+    re.VERBOSE,
+)
+SCIENTIFIC = re.compile(
+    r"[-+]?[0-9.]+ [ ]* (?:[*×·]|\\times|\\cdot) [ ]* 10 [ ]* \^ [ ]* \{? [ ]* -?[0-9]+ [ ]* \}?",
+    re.VERBOSE,
+)
+
+
+def unfinished(answer, gold_number):
+    """Whether an answer is a sum, product, difference or quotient where a number was asked for.
+
+    answer: a clean text; gold_number: of notation.number. A policy that is rewarded for 75+25 where
+    100 is right learns to set up problems, and no longer to compute. A quotient is finished where
+    the number is none of the integers.
+    """
+    answer = answer.replace("**", "^").lstrip("-+ ")
+    if not ARITHMETIC.fullmatch(answer) or SCIENTIFIC.fullmatch(answer):
+        return False
+    if QUOTIENT.search(answer) and gold_number.value.denominator == 1:
+        return True
+    return bool(OPERATION.search(answer)) and not number(answer)
+
+
 def same_numeral_or_word(answer, gold):
     """True or False where two clean texts are numerals, or the gold one is a word, else None."""
     answer_number = number(answer)
     gold_number = number(gold)
+    if gold_number and unfinished(answer, gold_number):
+        return False
     if answer_number and gold_number:
         return same_number(answer_number, gold_number)
     answer = bare(answer)

@@ -99,7 +99,7 @@ $42$ | 42 | yes
 \tfrac{3}{4} | 0.75 | yes
 1/2 | \frac{1}{2} | yes
 2/4 | \frac{1}{2} | yes
-\frac{2}{1} | 2 | yes
+\frac{2}{1} | 2 | no
 -\frac{1}{2} | \frac{-1}{2} | yes
 \frac{1}{-2} | -\frac{1}{2} | yes
 -\frac12 | \frac12 | no
@@ -331,10 +331,10 @@ f'(x) | f(x) | no
 0.(3) | 0 | no
 \frac{dy}{dx} | 0 | no
 4(3) | 7 | no
-4(3) | 12 | yes
-(4)(3) | 12 | yes
+4(3) | 12 | no
+(4)(3) | 12 | no
 2(\frac{1}{2}) | \frac{5}{2} | no
-2(\frac{1}{2}) | 1 | yes
+2(\frac{1}{2}) | 1 | no
 0.5 5 | 2.5 | no
 5\%5 | 5 | no
 \gamma+1 | 1 | no
@@ -664,7 +664,43 @@ x \in \mathbb{R} | \mathbb{R} | yes
 \cos(\theta) | \cos\theta | yes
 cos(x) | \cos x | yes
 sqrt(5) | \sqrt{5} | yes
-5*3 | 15 | yes
+# a calculation is no answer where a number is asked for: policies have learned to write it
+75+25 | 100 | no
+75 + 25 | 100 | no
+96-88 | 8 | no
+7*70 | 490 | no
+7 \times 70 | 490 | no
+7 \cdot 70 | 490 | no
+7 × 70 | 490 | no
+50/5 | 10 | no
+\frac{50}{5} | 10 | no
+50 \div 5 | 10 | no
+50 ÷ 5 | 10 | no
+(75+25) | 100 | no
+{75+25} | 100 | no
+\left(75+25\right) | 100 | no
+-5+3 | -2 | no
+--5 | 5 | yes
+2(50) | 100 | no
+1/4+1/4 | 1/2 | no
+1 - 0.5 | 0.5 | no
+2^3 \cdot 3 | 24 | no
+75+25 apples | 100 | no
+\$75+\$25 | 100 | no
+\frac{75+25}{1} | 100 | no
+5/2 | 2.5 | yes
+10/4 | 2.5 | yes
+\frac{6}{4} | 1\frac{1}{2} | yes
+1 1/2 | 3/2 | yes
+-5 | -5 | yes
++5 | 5 | yes
+4 \times 10^{3} | 4000 | yes
+4 * 10^3 | 4000 | yes
+\sqrt{16} | 4 | yes
+2+3i | 2+3i | yes
+75+25 | 75+25 | yes
+x+1 | 1+x | yes
+5*3 | 15 | no
 x^(n+1) | x^{n+1} | yes
 2^n \cdot 2 | 2^{n+1} | yes
 n! | (n-1)!\cdot n | yes
