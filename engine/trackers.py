@@ -6,7 +6,10 @@ run, the run goes on without it.
 
 import importlib
 
+from tqdm import tqdm
+
 from engine.errors import UserError, reason
+from engine.files import read_jsonl
 
 TRACKERS = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "trackio": "trackio"}
 PROJECT = "tepo-cast"
@@ -24,7 +27,8 @@ def start_tracker(name, args, directory):
     """A function that sends a row of metrics.jsonl to a tracker. name: None for no tracker.
 
     args: the flags, sent once, and `run`, by which a resumed run goes on in its own curves;
-    directory: of the run; TensorBoard's files are in its folder tensorboard/.
+    directory: of the run, with the rows so far; TensorBoard's files are in its folder tensorboard/,
+    wandb's in wandb/.
     Raises UserError when it cannot be started.
     """
     if name is None:
@@ -33,7 +37,9 @@ def start_tracker(name, args, directory):
     settings = {key: value for key, value in vars(args).items() if key != "digests"}
     try:
         if name == "tensorboard":
-            writer = module.SummaryWriter(str(directory / "tensorboard"))
+            # What a killed run has sent after its last checkpoint is sent again.
+            step = len(read_jsonl(directory / "metrics.jsonl")) + 1
+            writer = module.SummaryWriter(str(directory / "tensorboard"), purge_step=step)
             writer.add_text("flags", str(settings))
         elif name == "wandb":
             module.init(
@@ -62,10 +68,12 @@ def start_tracker(name, args, directory):
                 for key, value in numbers.items():
                     writer.add_scalar(key, value, step)
                 writer.flush()
+            elif name == "wandb":  # which would keep a row back until the next one comes
+                module.log(numbers, step=step, commit=True)
             else:
                 module.log(numbers, step=step)
         except Exception as error:
             failed = True
-            print(f"note: {name} fails, and gets no more rows: {reason(error)}", flush=True)
+            tqdm.write(f"note: {name} fails, and gets no more rows: {reason(error)}")
 
     return send

@@ -1,4 +1,6 @@
-"""Tasks of reasoning-gym (pip install reasoning-gym), which makes problems and scores answers.
+"""Tasks of reasoning-gym, which makes problems and scores answers.
+
+    pip install reasoning-gym==0.1.25
 
     python train.py --data reasoning_gym:chain_sum
     python train.py --data reasoning_gym:chain_sum:max_terms=2:max_digits=1
@@ -8,50 +10,65 @@ checksum of its text decides, so that no question is on both sides. The answer i
 the last <answer> </answer> of a completion; the task's own scorer judges it, with a number from 0
 to 1.
 
-Model output is never evaluated here, and some scorers do just that. Those tasks are refused. Two of
-them are kept (GUARDED): their scorers see only answers made of numbers and + - * / ( ).
+Model output is never run as code here, and some scorers do just that. Those tasks are refused. Two
+of them are kept (GUARDED): their scorers see only answers made of the numbers of the question and
++ - * / ( ). And a scorer gets little time and memory: some can be made to count to a billion.
 """
 
 import inspect
 import json
+import os
+import random
 import re
 import zlib
 
 from tqdm import tqdm
 
 from engine.errors import UserError, printable, reason
+from tasks.prompts import limits
 
 PROBLEMS = 2400  # that are generated
 INSTRUCTION = "Give the final answer between <answer> and </answer>."
-ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 LONGEST = 2000  # characters of an answer
-EVALUATES = re.compile(r"\b(eval|exec|parse_expr|sympify)\(")
+SCORE_SECONDS = 2  # for one answer; an honest one takes a millisecond
+# What runs a text as code. It is looked for in all of the file that a task's scorer is in.
+EVALUATES = re.compile(
+    r"\b(eval|exec|__import__|parse_expr|parse_latex|parse_mathematica|sympify|S|lambdify)\s*\("
+    r"|(?<!re\.)\bcompile\s*\(|\bpickle\b"
+)
+# These run only text of their own; the last one has a parser that runs nothing.
+TRUSTED = ("bitwise_arithmetic", "codeio", "number_sorting", "propositional_logic")
 GUARDED = ("countdown", "puzzle24")
-HARMLESS = re.compile(r"(?!.*\*\s*\*)[-0-9+*/(). ]{1,200}")  # no power: 9**9**9 has no end
+HARMLESS = re.compile(r"(?!.*([*/]) *\1)[-0-9+*/() ]{1,200}")  # no power: 9**9**9 has no end
+# Their problems come from the order of a set, which is another one in each process.
+UNSTEADY = ("codeio", "isomorphic_strings", "knight_swap", "ransom_note", "word_ladder")
 
 
 def load(name, split):
     """The problems of a task, its reward and answer functions, counts and notes (see tasks.Task).
 
     name: reasoning_gym:TASK, and perhaps :KEY=VALUE, settings of the task; split: "train" or
-    "test". Raises UserError without the package, for an unknown task or setting, and for a task
-    whose scorer would evaluate what a model has written.
+    "test". Raises UserError without the package, for an unknown task or setting, for a task whose
+    scorer would run what a model has written, or takes any answer, and for one that a resumed run
+    could not make again.
     """
     label = f"--data {printable(name)}"
     try:
         import reasoning_gym
     except ImportError:
-        raise UserError(f"{label} needs: pip install reasoning-gym") from None
+        raise UserError(f"{label} needs: pip install reasoning-gym==0.1.25") from None
     from reasoning_gym.factory import DATASETS
 
     _, task, *settings = name.split(":")
     if task not in DATASETS:
         near = [known for known in DATASETS if task and task[:5] in known] or list(DATASETS)[:8]
         raise UserError(f"{label}: reasoning-gym has no such task; it has {', '.join(near)}, ...")
-    scorer = inspect.getsource(DATASETS[task][0].score_answer)
-    if EVALUATES.search(scorer) and task not in GUARDED:
-        raise UserError(f"{label}: its scorer evaluates the model's output as code: not run here")
+    if task not in (*TRUSTED, *GUARDED) and evaluates(DATASETS[task][0].score_answer):
+        raise UserError(f"{label}: its scorer may run the model's output as code: not used here")
+    if task in UNSTEADY and os.environ.get("PYTHONHASHSEED", "random") == "random":
+        raise UserError(f"{label}: it is the same in each run only with PYTHONHASHSEED=0: set that")
 
+    random.seed(0)  # some tasks draw from the global generator
     try:
         dataset = reasoning_gym.create_dataset(
             task, seed=0, size=PROBLEMS, **chosen(settings, label)
@@ -78,22 +95,43 @@ def load(name, split):
     counts["duplicate prompt"] = of_split - len(kept)
     if not kept:
         raise UserError(f"{label}: no problem is left: {counts}")
-    problems = [
-        {"prompt": question, "answer": str(entry["answer"]), "instruction": INSTRUCTION}
-        for question, entry in kept.items()
-    ]
+    problems = []
+    for question, entry in kept.items():
+        problem = {"prompt": question, "instruction": INSTRUCTION}
+        if entry["answer"] is not None:  # some tasks can only check
+            problem["answer"] = str(entry["answer"])
+        problems.append(problem)
 
     def reward(problem, text):
+        entry = kept[problem["prompt"]]
         found = answer(problem, text)
-        if found is None or (task in GUARDED and not HARMLESS.fullmatch(found)):
+        if found is None or (task in GUARDED and not is_harmless(found, entry)):
             return 0.0
+        if "nan" in found.lower() and "nan" not in str(entry["answer"]).lower():
+            return 0.0  # some scorers find no number far from nan
         try:
-            score = float(dataset.score_answer(found, kept[problem["prompt"]]))
+            with limits(SCORE_SECONDS):
+                score = float(dataset.score_answer(found, entry))
         except Exception:  # whatever a scorer makes of a strange answer
             return 0.0
         return score if 0 <= score <= 1 else 0.0
 
+    if all(reward(problem, "<answer>nonsense</answer>") == 1 for problem in problems):
+        raise UserError(f"{label}: its scorer takes any answer for right")
     return problems, reward, answer, counts, []
+
+
+def evaluates(scorer):
+    """Whether the file of a function holds what runs a text as code."""
+    return bool(EVALUATES.search(inspect.getsource(inspect.getmodule(scorer))))
+
+
+def is_harmless(found, entry):
+    """Whether an answer is arithmetic on the very numbers of its question."""
+    if not HARMLESS.fullmatch(found):
+        return False
+    numbers = map(int, re.findall("[0-9]+", found))
+    return sorted(numbers) == sorted(entry["metadata"]["numbers"])
 
 
 def chosen(settings, label):
@@ -112,7 +150,9 @@ def chosen(settings, label):
 
 def answer(problem, text):
     """What stands in the last <answer> </answer> of a completion, or None."""
-    found = ANSWER.findall(text)
-    if not found or len(found[-1]) > LONGEST:
+    before, closed, _ = text.rpartition("</answer>")
+    _, opened, found = before.rpartition("<answer>")
+    found = found.partition("</answer>")[0]
+    if not closed or not opened or len(found) > LONGEST:
         return None
-    return found[-1].strip()
+    return found.strip()

@@ -7,6 +7,7 @@ stranger: it is given little time and memory.
 """
 
 import argparse
+import inspect
 import json
 import signal
 import threading
@@ -35,7 +36,12 @@ def template_kwargs(text):
 def add_prompt_flags(parser, examples=True):
     """The flags that `prompted` reads. examples: also those that make no sense for safety data."""
     flag = parser.add_argument
-    flag("--system-prompt", metavar="TEXT", help="the chat's system turn, in place of the data's")
+    flag(
+        "--system-prompt",
+        metavar="TEXT",
+        type=unicode,
+        help="the chat's system turn, in place of the data's",
+    )
     flag(
         "--chat-template-kwargs",
         metavar="JSON",
@@ -45,7 +51,10 @@ def add_prompt_flags(parser, examples=True):
     if examples:
         flag("--few-shot", metavar="FILE", help="worked examples, asked and answered before each")
         flag(
-            "--instruction", metavar="TEXT", help="put behind each problem, in place of the data's"
+            "--instruction",
+            metavar="TEXT",
+            type=unicode,
+            help="put behind each problem, in place of the data's",
         )
 
 
@@ -56,10 +65,28 @@ def few_shot_examples(path):
     """The pairs in the file of --few-shot, as dicts "prompt", "response". Raises UserError."""
     from tasks.safety import load_pairs
 
-    pairs, _ = load_pairs(path, "utility")
+    try:
+        pairs, _ = load_pairs(path, "utility")
+    except UserError as error:
+        raise UserError(f"--few-shot {error}") from None
     if len(pairs) > MOST_EXAMPLES:
         raise UserError(f"--few-shot {path}: {len(pairs):,} examples; at most {MOST_EXAMPLES}")
     return pairs
+
+
+def template_options(text, tokenizer):
+    """The dict of --chat-template-kwargs. text: JSON, or None. Raises UserError."""
+    options = json.loads(text or "{}")
+    if not options:
+        return {}
+    if not getattr(tokenizer, "chat_template", None):
+        raise UserError("--chat-template-kwargs: this model's tokenizer has no chat template")
+    method = inspect.signature(tokenizer.apply_chat_template).parameters
+    taken = {"self", "messages", *method} - {"tools", "documents"}
+    wrong = ", ".join(sorted(taken & options.keys()))
+    if wrong:
+        raise UserError(f"--chat-template-kwargs: {wrong}: that is no variable of a chat template")
+    return options
 
 
 def prompted(problems, tokenizer, args):
@@ -68,16 +95,14 @@ def prompted(problems, tokenizer, args):
     The examples of --few-shot become turns of the user and the assistant. A user's turn ends in the
     instruction in all of them. An example that asks the very same as a problem is left out there.
     Returns new dicts. Raises UserError for examples that cannot be read, for a tokenizer without
-    the chat template that is to get --chat-template-kwargs, and for a prompt that is rendered
-    already.
+    the chat template that is to get --chat-template-kwargs, for kwargs that are not the template's,
+    and for a prompt that is rendered already.
     """
     system = args.system_prompt
     instruction = getattr(args, "instruction", None)
     path = getattr(args, "few_shot", None)
-    examples = few_shot_examples(path) if path else []
-    options = json.loads(args.chat_template_kwargs or "{}")
-    if options and not getattr(tokenizer, "chat_template", None):
-        raise UserError("--chat-template-kwargs: this model's tokenizer has no chat template")
+    examples = [] if path is None else few_shot_examples(path)
+    options = template_options(args.chat_template_kwargs, tokenizer)
     if not (system is not None or instruction is not None or examples or options):
         return problems
 
@@ -97,12 +122,8 @@ def prompted(problems, tokenizer, args):
             asked = problem.get("instruction", "")
         else:
             asked = instruction
-        shown = []
-        for example in examples:
-            if example["prompt"] != problem["prompt"]:
-                question = example.get("messages", [{"role": "user", "content": example["prompt"]}])
-                shown += with_instruction(question, asked)
-                shown.append({"role": "assistant", "content": example["response"]})
+        others = [e for e in examples if e["prompt"] != problem["prompt"].strip()]
+        shown = [turn for example in others for turn in example_turns(example, asked)]
         opening = [turn for turn in turns[:1] if turn["role"] == "system"]
         turns = [*opening, *shown, *turns[len(opening) :]]
         new = {**problem, "instruction": asked}
@@ -112,6 +133,14 @@ def prompted(problems, tokenizer, args):
             new["chat_template_kwargs"] = options
         found.append(new)
     return found
+
+
+def example_turns(example, instruction):
+    """An example as turns of the user and the assistant. A system turn of its own is left out."""
+    question = example.get("messages") or [{"role": "user", "content": example["prompt"]}]
+    question = [turn for turn in question if turn["role"] != "system"]
+    answer = {"role": "assistant", "content": example["response"]}
+    return [*with_instruction(question, instruction), answer]
 
 
 def with_instruction(turns, instruction):
@@ -166,8 +195,8 @@ def is_rendered(prompt, tokenizer):
 
 
 RENDER_SECONDS = 5  # for one prompt; an honest template takes a millisecond
-RENDER_BYTES = 2 * 1024**3  # of memory
 RENDER_LENGTH = 5_000_000  # characters
+MOST_BYTES = 2 * 1024**3  # of memory that the work of a stranger may ask for
 
 
 def templated(turns, tokenizer, options):
@@ -176,7 +205,7 @@ def templated(turns, tokenizer, options):
     The template is the work of a stranger, too: it may raise, loop and print without end.
     """
     try:
-        with render_limits():
+        with limits(RENDER_SECONDS):
             text = tokenizer.apply_chat_template(
                 turns, add_generation_prompt=True, tokenize=False, **options
             )
@@ -192,7 +221,7 @@ def templated(turns, tokenizer, options):
 
 
 @contextmanager
-def render_limits():
+def limits(seconds):
     """Limits time and memory of what runs inside, on the main thread and where the system can.
 
     Raises TimeoutError or MemoryError inside.
@@ -202,11 +231,11 @@ def render_limits():
         return
 
     def stop(number, frame):
-        raise TimeoutError(f"not ready after {RENDER_SECONDS} seconds")
+        raise TimeoutError(f"not ready after {seconds} seconds")
 
     handler = signal.signal(signal.SIGALRM, stop)
     # Again and again: Python swallows what is raised while it drops a weak reference.
-    timer = signal.setitimer(signal.ITIMER_REAL, RENDER_SECONDS, 0.1)
+    timer = signal.setitimer(signal.ITIMER_REAL, seconds, 0.1)
     try:
         with memory_limit():
             yield
@@ -224,7 +253,7 @@ def memory_limit():
     if before[0] == resource.RLIM_INFINITY:
         with suppress(OSError, ValueError):
             pages = int(Path("/proc/self/statm").read_text().split()[0])
-            limit = pages * resource.getpagesize() + RENDER_BYTES
+            limit = pages * resource.getpagesize() + MOST_BYTES
             resource.setrlimit(resource.RLIMIT_AS, (limit, before[1]))
     try:
         yield
