@@ -25,6 +25,7 @@ samples at temperature 0.6 for AIME and AMC, one greedy sample for the rest, 819
 import argparse
 import json
 import math
+import re
 import sys
 import zlib
 from collections import Counter
@@ -463,7 +464,7 @@ def main(argv=None):
     versions = {package: version(package) for package in packages}
     # Names are looked up before a large model is loaded, so that a wrong one ends the run at once.
     tokenizer = models.load_tokenizer(model_name)
-    names = dict.fromkeys(args.data.split(","))
+    names = dict.fromkeys(re.split(r",(?![^\[]*\])", args.data))  # not inside of [1,2]
     data_sets = [load_data_set(name, tokenizer, args) for name in names]
     refusal_sets = filter(None, (args.refusal or "").split(","))
     asked = {name: refusal_prompts(name, tokenizer, args) for name in refusal_sets}

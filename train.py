@@ -219,7 +219,8 @@ def build_parser(recipe, defaults):
         default=10,
         help="write a few, every so many",
     )
-    flag("--report-to", choices=list(TRACKERS), help="send the log there too")
+    trackers = ["none", *TRACKERS]
+    flag("--report-to", choices=trackers, default="none", help="send the log there too")
     flags.add_run_flags(parser)
     flags.add_machine_flags(parser)
     # The objective's own
@@ -368,7 +369,7 @@ def start_digest(args, model, reference, resumed):
 def set_up(args):
     """Loads everything, opens the run's directory and returns a Run. Raises UserError."""
     runs.check_output_dir(args)
-    if args.report_to:
+    if args.report_to != "none":
         require(args.report_to)
     device = models.pick_device(args.device)
     name = models.resolve_model(args.model)

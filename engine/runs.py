@@ -28,12 +28,13 @@ LOGS = {  # what the scripts write to a run's directory, besides args.json and c
     "eval": ("samples.jsonl", "results.json"),
     "cast": ("conflict_map.json", "conflict_map.png", "tuned", "compare.json", "compare.png"),
 }
+TRACKED = ("tensorboard", "wandb")  # folders of --report-to
 CHECKPOINT = re.compile("checkpoint-(0|[1-9][0-9]{0,17})")
 
 
 def is_own(name):
     """Whether a script may write a file or folder of that name to a run's directory."""
-    names = {"args.json", *(name for names in LOGS.values() for name in names)}
+    names = {"args.json", *TRACKED, *(name for names in LOGS.values() for name in names)}
     return name in names or bool(CHECKPOINT.fullmatch(name))
 
 
@@ -163,6 +164,9 @@ def clear(directory, script):
         files.remove_folder(path)
     for name in LOGS[script]:
         (directory / name).unlink(missing_ok=True)
+    tracked = directory / str(settings_of(directory).get("report_to"))
+    if tracked.name in TRACKED and tracked.is_dir() and not tracked.is_symlink():
+        files.remove_folder(tracked)
 
 
 def settings_of(directory):

@@ -24,14 +24,14 @@ def require(name):
 
 
 def start_tracker(name, args, directory):
-    """A function that sends a row of metrics.jsonl to a tracker. name: None for no tracker.
+    """A function that sends a row of metrics.jsonl to a tracker. name: "none" for no tracker.
 
     args: the flags, sent once, and `run`, by which a resumed run goes on in its own curves;
     directory: of the run, with the rows so far; TensorBoard's files are in its folder tensorboard/,
     wandb's in wandb/.
     Raises UserError when it cannot be started.
     """
-    if name is None:
+    if name == "none":
         return lambda row: None
     module = require(name)
     settings = {key: value for key, value in vars(args).items() if key != "digests"}

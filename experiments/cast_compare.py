@@ -181,30 +181,35 @@ def run_seed(seed, args, model, tokenizer, heads):
     """All arms of a seed.
 
     Returns the safety_nll at which they are matched, and a dict arm -> "start", "end", "matched"
-    (rows) and "trajectory". Raises UserError when an arm never reaches --match-nll.
+    (rows) and "trajectory". It is where the slowest arm ends that looks at safety alone; replay
+    may never get there, and then has None for "matched". Raises UserError when another arm never
+    reaches --match-nll.
     """
     sets = cast.load_sets(args, model, tokenizer, seed)
     found = cast.diagnose(model, sets.safe[: args.examples], sets.util, heads, args)
     begin = {"step": 0, "update_norm": 0.0, **cast.evaluate(model, tokenizer, sets, args)}
     rng = random.Random(f"{seed}, random heads")
     runs = {}  # name -> trajectories
+    of_safety = set()  # the arms that look at nothing else
     for arm in make_arms(found.map, cast.number_skipped(args, heads), args.random_draws, rng):
         if args.arms and arm.name not in args.arms.split(";"):
             continue
         rows = run_arm(arm, args, model, tokenizer, heads, sets, seed, begin)
         runs.setdefault(arm.name, []).append(rows)
+        if arm.combine is not replay:
+            of_safety.add(arm.name)
 
-    ends = [rows[-1]["safety_nll"] for many in runs.values() for rows in many]
+    ends = [rows[-1]["safety_nll"] for name in of_safety or runs for rows in runs[name]]
     level = args.match_nll or max(ends)
     results = {}
     for name, many in runs.items():
         matched = [at_safety(rows, level) for rows in many]
-        if None in matched:
+        if None in matched and name in of_safety:
             raise UserError(f"--match-nll {level:g} is not reached by {name!r}; give more --steps")
         results[name] = {
             "start": begin,
             "end": mean_of([rows[-1] for rows in many]),
-            "matched": mean_of(matched),
+            "matched": None if None in matched else mean_of(matched),
             "trajectory": [mean_of(rows) for rows in zip(*many)],
         }
     return level, results
@@ -315,8 +320,12 @@ def print_table(results, point, title):
     print(" " * 25 + "".join(f"{key.replace('_', ' '):>19}" for key in DECIMALS))
     for arm in results[0]:
         line = f"{arm:<25}"
+        rows = [seed[arm][point] for seed in results]
+        if None in rows:
+            print(f"{line}  not reached in {rows.count(None)} of {len(rows)} seeds")
+            continue
         for key, decimals in DECIMALS.items():
-            mean, sd = mean_and_sd([seed[arm][point][key] for seed in results])
+            mean, sd = mean_and_sd([row[key] for row in rows])
             cell = f"{mean:.{decimals}f} ({sd:.{decimals}f})"
             line += f"{cell:>19}"
         print(line)

@@ -78,7 +78,7 @@ def load(name, split="train", root=None, judge_thoughts=False):
     if name.startswith("reasoning_gym:"):
         from tasks import gym  # an extra
 
-        return Task(name, *gym.load(name, split))
+        return Task(name, *gym.load(name, split, judge_thoughts))
     problems, counts, notes = math.load(name, split, root, judge_thoughts)
     return Task(name, problems, math.reward, math.answer, counts, notes)
 

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from engine.errors import UserError, printable, reason
 from tasks.prompts import limits
+from tasks.verify import after_thought
 
 PROBLEMS = 2400  # that are generated
 INSTRUCTION = "Give the final answer between <answer> and </answer>."
@@ -44,13 +45,14 @@ HARMLESS = re.compile(r"(?!.*([*/]) *\1)[-0-9+*/() ]{1,200}")  # no power: 9**9*
 UNSTEADY = ("codeio", "isomorphic_strings", "knight_swap", "ransom_note", "word_ladder")
 
 
-def load(name, split):
+def load(name, split, judge_thoughts=False):
     """The problems of a task, its reward and answer functions, counts and notes (see tasks.Task).
 
     name: reasoning_gym:TASK, and perhaps :KEY=VALUE, settings of the task; split: "train" or
-    "test". Raises UserError without the package, for an unknown task or setting, for a task whose
-    scorer would run what a model has written, or takes any answer, and for one that a resumed run
-    could not make again.
+    "test"; judge_thoughts: whether an answer inside a thought counts.
+    Raises UserError without the package, for an unknown task or setting, for a task whose scorer
+    would run what a model has written, or takes any answer, and for one that a resumed run could
+    not make again.
     """
     label = f"--data {printable(name)}"
     try:
@@ -98,6 +100,8 @@ def load(name, split):
     problems = []
     for question, entry in kept.items():
         problem = {"prompt": question, "instruction": INSTRUCTION}
+        if judge_thoughts:
+            problem["judge_thoughts"] = True
         if entry["answer"] is not None:  # some tasks can only check
             problem["answer"] = str(entry["answer"])
         problems.append(problem)
@@ -149,7 +153,9 @@ def chosen(settings, label):
 
 
 def answer(problem, text):
-    """What stands in the last <answer> </answer> of a completion, or None."""
+    """What stands in the last <answer> </answer> behind a completion's thought, or None."""
+    if not problem.get("judge_thoughts"):
+        text = after_thought(text, problem.get("opened_thought", False)) or ""
     before, closed, _ = text.rpartition("</answer>")
     _, opened, found = before.rpartition("<answer>")
     found = found.partition("</answer>")[0]

@@ -969,8 +969,11 @@ def test_compare(tmp_path, capsys, monkeypatch):
     assert len(result["seeds"]) == 2 == len(result["matched_nll"])
     for seed, level in zip(result["seeds"], result["matched_nll"]):
         assert len(seed) == 13
-        for arm in seed.values():
+        for name, arm in seed.items():
             assert [row["step"] for row in arm["trajectory"]] == [0, 1, 3]
+            if name == "all heads, replay" and arm["matched"] is None:
+                assert arm["end"]["safety_nll"] > level
+                continue
             assert arm["start"] == seed["full"]["start"] and arm["end"]["update_norm"] > 0
             assert arm["matched"]["safety_nll"] == pytest.approx(level, rel=0.1)
             assert arm["end"]["safety_nll"] <= level < arm["start"]["safety_nll"]

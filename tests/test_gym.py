@@ -395,3 +395,20 @@ def test_without_the_package(monkeypatch):
     with pytest.raises(UserError, match="--data.*pip install reasoning-gym") as error:
         load("chain_sum")
     assert "\n" not in str(error.value)
+
+
+def test_an_answer_inside_a_thought():
+    """It is none, unless the flag says so; nor is one whose thought has not ended."""
+    pytest.importorskip("reasoning_gym")
+    name = "reasoning_gym:chain_sum:max_terms=2"
+    thought = tasks.load(name)
+    both = tasks.load(name, judge_thoughts=True)
+    problem, same = thought.problems[0], both.problems[0]
+    right = f"<answer>{problem['answer']}</answer>"
+    assert thought.reward(problem, f"<think>hm</think>{right}") == 1
+    for text in (f"<think>{right}</think>", f"<think>{right}"):
+        assert thought.reward(problem, text) == 0
+        assert both.reward(same, text) == 1
+    opened = {**problem, "opened_thought": True}
+    assert thought.reward(opened, right) == 0
+    assert thought.reward(opened, f"hm</think>{right}") == 1

@@ -180,7 +180,7 @@ def test_trackio_in_a_folder(tmp_path):
 
 
 def test_no_tracker():
-    send = start_tracker(None, ARGS, Path("no/such/folder"))
+    send = start_tracker("none", ARGS, Path("no/such/folder"))
     assert all(send(row) is None for row in ROWS)
     assert not Path("no").exists()
 
