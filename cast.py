@@ -95,7 +95,13 @@ from engine.models import (
     stop_token_ids,
 )
 from engine.plots import draw_map
-from engine.runs import check_writable, is_embedded, open_shared_dir, settings_of
+from engine.runs import (
+    check_writable,
+    is_embedded,
+    open_shared_dir,
+    peak_memory_gb,
+    settings_of,
+)
 from rollout import Sample, check_model, collate, micro_batches, sample, sample_length, score
 from tasks import arithmetic
 from tasks.prompts import add_prompt_flags, prompted, render
@@ -849,12 +855,11 @@ def main(argv=None):
     args = parse_args(argv)
     started = time.time()
     model, tokenizer, heads = prepare(args)
-    if args.diagnose:
-        run_diagnose(args, model, tokenizer, heads)
-        print(f"{time.time() - started:.0f} s")
-    if args.tune:
-        run_tune(args, model, tokenizer, heads)
-        print(f"{time.time() - started:.0f} s")
+    for wanted, command in ((args.diagnose, run_diagnose), (args.tune, run_tune)):
+        if wanted:
+            command(args, model, tokenizer, heads)
+            memory = peak_memory_gb(model.device)
+            print(f"{time.time() - started:.0f} s, {memory:.1f} GB at most")
 
 
 if __name__ == "__main__":
