@@ -51,7 +51,7 @@ SETTINGS = [  # of train.py, for all runs: the same recipe, so that the objectiv
     *("--no-gradient-checkpointing", "--save-steps", "20", "--max-tokens-per-batch", "2048"),
 ]
 JUDGING = {  # of eval.py: sampled as in training, and greedily
-    "judged": ["--temperature", "1", "--num-samples", "4"],
+    "sampled": ["--temperature", "1", "--num-samples", "4"],
     "greedy": ["--temperature", "0", "--num-samples", "1"],
 }
 
@@ -264,19 +264,19 @@ def collect(args, directory):
                     **{key: [row.get(key) for row in rows] for key in kept},
                 }
             )
-    first = read_jsonl(directory / "warm-judged" / "samples.jsonl")
+    first = read_jsonl(directory / "warm-sampled" / "samples.jsonl")
     return {
         "flags": {key: str(value) for key, value in vars(args).items()},
         "settings": SETTINGS,
         "start": accuracies(directory / "warm"),
-        "first_prompt": read_json(directory / "warm-judged" / "results.json")["first_prompts"],
+        "first_prompt": read_json(directory / "warm-sampled" / "results.json")["first_prompts"],
         "problems": {
             part: len(read_jsonl(directory / f"{part}.jsonl")) for part in ("warm", "train", "test")
         },
         "runs": runs,
         "samples_before": shown(first),
         "samples_after": shown(
-            read_jsonl(directory / f"tepo-{args.seed}-judged" / "samples.jsonl")
+            read_jsonl(directory / f"tepo-{args.seed}-sampled" / "samples.jsonl")
         ),
     }
 
@@ -329,8 +329,8 @@ def print_tables(found):
             ]
             print("| " + " | ".join(cells) + " |")
     for algo, runs in found["runs"].items():
-        before = start["judged"][0]
-        after = [run["accuracy"]["judged"][0] for run in runs]
+        before = start["sampled"][0]
+        after = [run["accuracy"]["sampled"][0] for run in runs]
         spread = f", sd {100 * stdev(after):.1f} over {len(after)} seeds" if len(after) > 1 else ""
         word = "doubled" if min(after) >= 2 * before else "not doubled"
         print(f"{algo.upper()}: {100 * before:.1f}% -> {100 * fmean(after):.1f}%{spread}: {word}")
@@ -375,7 +375,10 @@ def draw(found, path):
         axis.grid(alpha=0.3)
     axes[0].legend()
     seeds = len(next(iter(found["runs"].values())))
-    figure.suptitle(f"Mean over {seeds} seeds, band from the lowest to the highest")
+    if seeds > 1:
+        figure.suptitle(f"Mean over {seeds} seeds, band from the lowest to the highest")
+    else:
+        figure.suptitle("One seed")
     save_figure(figure, path)
 
 

@@ -53,7 +53,7 @@ def test_the_parts_are_apart(tmp_path):
 
 def test_real_rl_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(real_rl, "ALGORITHMS", ("tepo",))
-    monkeypatch.setattr(real_rl, "JUDGING", {"judged": real_rl.JUDGING["judged"]})
+    monkeypatch.setattr(real_rl, "JUDGING", {"sampled": real_rl.JUDGING["sampled"]})
     monkeypatch.setattr(real_rl, "SETTINGS", [*real_rl.SETTINGS, "--num-prompts", "4"])
     model = build_checkpoint(tmp_path / "model", "llama")
     data = asdiv_file(tmp_path / "asdiv.jsonl")
@@ -66,9 +66,9 @@ def test_real_rl_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     assert any(not torch.equal(warm[name], p) for name, p in before.items())
     first = json.loads((out / "real_rl.json").read_text())
     assert len(first["runs"]["tepo"][0]["reward"]) == 1
-    assert 0 <= first["start"]["judged"][0] <= 1 and first["problems"]["test"] > 0
+    assert 0 <= first["start"]["sampled"][0] <= 1 and first["problems"]["test"] > 0
     assert "doubled" in capsys.readouterr().out
-    assert {"warm", "tepo-0", "tepo-0-judged", "real_rl.png"} <= names_in(out)
+    assert {"warm", "tepo-0", "tepo-0-sampled", "real_rl.png"} <= names_in(out)
 
     stamps = {path: path.stat().st_mtime_ns for path in out.glob("*/*.jsonl")}
     real_rl.main([*flags, "--steps", "1"])  # all is done: nothing runs again
