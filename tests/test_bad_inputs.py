@@ -30,6 +30,7 @@ import tasks
 import train
 from engine import flags
 from engine.errors import run_script
+from tasks.rows import unicode
 from tests.conftest import ROOT
 
 SCRIPTS = {"train": train, "eval": evaluation, "cast": cast}
@@ -178,7 +179,8 @@ FRACTIONS = set(
 )  # all others are whole
 MAY_BE_ZERO = set(
     """--temperature --weight-decay --adam-beta2 --epsilon --beta --own-fraction --skip
-    --own-number --overlong-cache --lora-rank --save-steps --limit --seed --threads""".split()
+    --own-number --overlong-cache --lora-rank --save-steps --limit --seed --threads
+    --judge-examples --mask-examples""".split()
 )
 MAY_BE_NEGATIVE = {"--own-fraction", "--own-number"}
 
@@ -194,7 +196,7 @@ def numeric_flags():
     }
     for script, parser in parsers.items():
         for action in parser._actions:
-            if action.type not in (None, str, flags.folder):
+            if action.type not in (None, str, unicode, flags.folder):
                 flag = action.option_strings[0]
                 found.append(pytest.param(parser, script, flag, id=f"{script} {flag}"))
     return found
