@@ -169,8 +169,7 @@ def own_answers(model, tokenizer, samples, args):
     """
     answered = []
     for s, completed in zip(samples, complete_greedily(model, tokenizer, samples, args)):
-        text = tokenizer.decode(completed.completion_ids, skip_special_tokens=True)
-        pair = {**s.problem, "response": text}
+        pair = {**s.problem, "response": completed.text}
         answered.append(Sample(s.prompt_ids, completed.completion_ids, problem=pair))
     return answered
 
@@ -551,7 +550,7 @@ def sft(model, samples, masks, args, seed, utility=(), combine=None):
 
 
 def complete_greedily(model, tokenizer, samples, args):
-    """The most likely completions of the samples' prompts, as Samples in their order.
+    """The most likely completions of the samples' prompts, as Samples with their texts.
 
     args: the flags max_completion_length and max_tokens_per_batch.
     """
@@ -569,6 +568,8 @@ def complete_greedily(model, tokenizer, samples, args):
             stop_ids=stop_token_ids(model, tokenizer),
             generator=torch.Generator(),
         )
+    for s in completed:
+        s.text = tokenizer.decode(s.completion_ids, skip_special_tokens=True)
     return completed
 
 
@@ -597,8 +598,7 @@ class Judged:
 
 def judge(model, tokenizer, samples, args):
     """The Judged of a model and a list of Sample. args: the flags, see complete_greedily."""
-    completed = complete_greedily(model, tokenizer, samples, args)
-    texts = [tokenizer.decode(s.completion_ids, skip_special_tokens=True) for s in completed]
+    texts = [s.text for s in complete_greedily(model, tokenizer, samples, args)]
     right = []
     overlap = []
     known = []

@@ -34,12 +34,11 @@ from engine.errors import UserError, run_script
 from engine.files import read_json, read_jsonl, replacing, save_figure, write_json, write_jsonl
 from engine.flags import non_negative_int, positive_float, positive_int
 from engine.models import load_model, load_tokenizer, resolve_model
-from rollout import Sample
-from tasks.prompts import encode, prompted
+from engine.runs import ROOT
+from tasks.prompts import prompted
 from tasks.rows import local_rows
 from train import mean
 
-ROOT = Path(__file__).resolve().parent.parent
 ALGORITHMS = ("tepo", "grpo", "dapo")
 SYSTEM = "Write one equation, then #### and the answer."
 ONE_OPERATION = re.compile(r"(\d+[-+*/]\d+)=(\d+)")
@@ -104,10 +103,7 @@ def warm_start(args, directory):
     torch.set_num_threads(args.threads * args.jobs)
     rows = [{**row, "prompt": row["problem"]} for row in read_jsonl(directory / "warm.jsonl")]
     prompting = argparse.Namespace(system_prompt=SYSTEM, instruction="", chat_template_kwargs=None)
-    samples = []
-    for problem in encode(prompted(rows, tokenizer, prompting), tokenizer, 1000):
-        response = tokenizer(problem["response"], add_special_tokens=False).input_ids
-        samples.append(Sample(problem["prompt_ids"], response + [tokenizer.eos_token_id]))
+    samples = cast.encode_pairs("warm", prompted(rows, tokenizer, prompting), tokenizer, 1000)
     masks = {name: torch.ones_like(p, dtype=torch.bool) for name, p in model.named_parameters()}
     settings = argparse.Namespace(
         learning_rate=args.warm_learning_rate,
@@ -189,20 +185,21 @@ def run_all(args, directory):
     Raises UserError when one of them fails, with the file in which its words are.
     """
     waiting = commands_of(args, directory)
-    running = []  # of (process, the commands left, log)
+    running = []  # of (process, the commands left)
+    log = directory / "log.txt"
     total = args.steps * args.seeds * len(ALGORITHMS)
     environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
     with tqdm(desc="steps of all runs", total=total, disable=None) as bar:
         while waiting or running:
             while waiting and len(running) < args.jobs:
-                running.append((None, waiting.pop(0), None))
+                running.append((None, waiting.pop(0)))
             still = []
-            for process, commands, log in running:
+            for process, commands in running:
                 if process is not None and process.poll() is None:
-                    still.append((process, commands, log))
+                    still.append((process, commands))
                     continue
                 if process is not None and process.returncode:
-                    for other, _, _ in running:
+                    for other, _ in running:
                         if other is not None and other.poll() is None:
                             other.terminate()
                     raise UserError(f"a run has failed: its words are in {log}")
@@ -210,7 +207,6 @@ def run_all(args, directory):
                 while commands and command is None:
                     command = commands.pop(0)()
                 if command is not None:
-                    log = directory / "log.txt"
                     with log.open("a") as words:
                         process = subprocess.Popen(
                             [sys.executable, *command],
@@ -219,7 +215,7 @@ def run_all(args, directory):
                             stdout=words,
                             stderr=words,
                         )
-                    still.append((process, commands, log))
+                    still.append((process, commands))
             running = still
             bar.update(finished_steps(args, directory) - bar.n)
             time.sleep(1)
@@ -298,8 +294,8 @@ def present(values):
 
 def percent(accuracy):
     """An accuracy and its standard error as a cell of a table."""
-    mean, error = accuracy
-    return f"{100 * mean:.1f} ± {100 * error:.1f}%"
+    share, error = accuracy
+    return f"{100 * share:.1f} ± {100 * error:.1f}%"
 
 
 def print_tables(found):
