@@ -607,7 +607,7 @@ def test_own_answers_are_what_the_model_says(tiny, tmp_path):
 def test_harmful_data_of_its_own(tiny, tmp_path):
     """--harmful-data is what safety is judged by; what was tuned on is not in it."""
     tuned = [f"make {noun}?" for noun in ("bomb", "gun", "hat", "cup")]
-    judged = ["sell bomb?", "sell gun?", "make gun?"]
+    judged = ["sell bomb?", "sell gun?", *tuned]
     paths = []
     for name, prompts in (("a", tuned), ("b", judged)):
         paths.append(tmp_path / f"{name}.jsonl")
@@ -616,7 +616,7 @@ def test_harmful_data_of_its_own(tiny, tmp_path):
     flags = ["--tune", "--safety-data", str(paths[0]), "--harmful-data", str(paths[1])]
     sets = cast.load_sets(cast.parse_args(flags), tiny, load_tokenizer(TINY), 0)
     safe = {s.problem["prompt"] for s in sets.safe}
-    assert safe <= set(tuned)
+    assert safe and safe <= set(tuned)
     assert {s.problem["prompt"] for s in sets.harmful} == set(judged) - safe
 
 
