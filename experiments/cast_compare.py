@@ -13,6 +13,8 @@ map, order of batches and random heads.
 An arm of which less moves learns safety more slowly, so that after equal steps it has also lost
 less utility. So the arms are compared at matched safety too: where the NLL of the refusals of
 held-out harmful prompts has fallen to the same level.
+
+Every arm that is done is a row of compare.jsonl. The same command goes on where it stopped.
 """
 
 import math
@@ -29,7 +31,15 @@ from tqdm import tqdm
 
 import cast
 from engine.errors import UserError, run_script
-from engine.files import save_figure, write_json
+from engine.files import (
+    append_jsonl,
+    digest,
+    fingerprint,
+    read_jsonl,
+    save_figure,
+    write_json,
+    write_jsonl,
+)
 from engine.flags import non_negative_float, positive_int
 from engine.heads import trained_masks, update_of, weights_of
 from engine.runs import open_shared_dir
@@ -177,8 +187,35 @@ def mean_of(rows):
     return {key: fmean(row[key] for row in rows) for key in rows[0]}
 
 
-def run_seed(seed, args, model, tokenizer, heads):
-    """All arms of a seed.
+# Flags that change nothing of a trajectory but rounding.
+FREE = ("output_dir", "seed", "seeds", "threads", "arms", "match_nll")
+
+
+def key_of(seed, args, model, sets):
+    """What decides the trajectories of a seed, as a digest: flags, data and weights."""
+    flags = {name: value for name, value in vars(args).items() if name not in FREE}
+    tokens = {
+        name: [[s.prompt_ids, s.completion_ids] for s in samples]
+        for name, samples in vars(sets).items()
+    }
+    return digest([seed, flags, tokens, fingerprint(model.named_parameters())])
+
+
+def saved_start(path, key, seed, args, model, tokenizer, heads, sets):
+    """The conflict map of a seed and the first row of its arms, from compare.jsonl or made now."""
+    for row in read_jsonl(path):
+        if row.get("key") == key and row["arm"] == "start":
+            return cast.ConflictMap(*(torch.tensor(row[name]) for name in "OSC")), row["rows"][0]
+    found = cast.diagnose(model, sets.safe[: args.examples], sets.util, heads, args).map
+    begin = {"step": 0, "update_norm": 0.0, **cast.evaluate(model, tokenizer, sets, args)}
+    scores = {name: getattr(found, name).tolist() for name in "OSC"}
+    row = {"key": key, "seed": seed, "arm": "start", "rows": [begin], **scores}
+    append_jsonl(path, [row])
+    return found, begin
+
+
+def run_seed(seed, args, model, tokenizer, heads, path):
+    """All arms of a seed. path: of compare.jsonl, where those that are done already are taken from.
 
     Returns the safety_nll at which they are matched, and a dict arm -> "start", "end", "matched"
     (rows) and "trajectory". It is where the slowest arm ends that looks at safety alone; replay
@@ -186,15 +223,22 @@ def run_seed(seed, args, model, tokenizer, heads):
     reaches --match-nll.
     """
     sets = cast.load_sets(args, model, tokenizer, seed)
-    found = cast.diagnose(model, sets.safe[: args.examples], sets.util, heads, args)
-    begin = {"step": 0, "update_norm": 0.0, **cast.evaluate(model, tokenizer, sets, args)}
+    key = key_of(seed, args, model, sets)
+    found, begin = saved_start(path, key, seed, args, model, tokenizer, heads, sets)
+    done = {row["arm"]: row["rows"] for row in read_jsonl(path) if row.get("key") == key}
     rng = random.Random(f"{seed}, random heads")
     runs = {}  # name -> trajectories
     of_safety = set()  # the arms that look at nothing else
-    for arm in make_arms(found.map, cast.number_skipped(args, heads), args.random_draws, rng):
+    arms = make_arms(found, cast.number_skipped(args, heads), args.random_draws, rng)
+    for number, arm in enumerate(arms):
         if args.arms and arm.name not in args.arms.split(";"):
             continue
-        rows = run_arm(arm, args, model, tokenizer, heads, sets, seed, begin)
+        place = f"{number}, {arm.name}"
+        if place in done:
+            rows = done[place]
+        else:
+            rows = run_arm(arm, args, model, tokenizer, heads, sets, seed, begin)
+            append_jsonl(path, [{"key": key, "seed": seed, "arm": place, "rows": rows}])
         runs.setdefault(arm.name, []).append(rows)
         if arm.combine is not replay:
             of_safety.add(arm.name)
@@ -362,10 +406,13 @@ def main(argv=None):
     started = time.time()
     directory = Path(args.output_dir)
     model, tokenizer, heads = cast.prepare(args)
+    open_shared_dir(directory)
+    path = directory / "compare.jsonl"
+    write_jsonl(path, read_jsonl(path))  # without a last line that is not whole
     results = []
     levels = []
     for seed in range(args.seed, args.seed + args.seeds):
-        level, result = run_seed(seed, args, model, tokenizer, heads)
+        level, result = run_seed(seed, args, model, tokenizer, heads, path)
         levels.append(level)
         results.append(result)
 
@@ -373,7 +420,6 @@ def main(argv=None):
     if {"skip top C", "skip random"} <= results[0].keys():
         answers = [answer(results, key) for key in ("offtopic_nll", "total_nll", "over_refusal")]
     record = {"flags": vars(args), "matched_nll": levels, "answers": answers, "seeds": results}
-    open_shared_dir(directory)
     write_json(directory / "compare.json", record)
     draw_frontier(results, directory / "compare.png")
     matched = ", ".join(f"{level:.2g}" for level in levels)
@@ -390,4 +436,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run_script(main, "cast.py --compare")
+    run_script(main, "cast.py --compare", "; the same command goes on where it stopped")

@@ -977,7 +977,41 @@ def test_compare(tmp_path, capsys, monkeypatch):
             assert arm["start"] == seed["full"]["start"] and arm["end"]["update_norm"] > 0
             assert arm["matched"]["safety_nll"] == pytest.approx(level, rel=0.1)
             assert arm["end"]["safety_nll"] <= level < arm["start"]["safety_nll"]
-    assert names_in(tmp_path) == {"compare.json", "compare.png"}
+    assert names_in(tmp_path) == {"compare.json", "compare.jsonl", "compare.png"}
+
+
+def test_compare_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    """Arms that are done are not made again. Other flags or data make all of them anew."""
+    made = []
+    run_arm = cast_compare.run_arm
+
+    def counted(arm, *rest):
+        made.append(arm.name)
+        return run_arm(arm, *rest)
+
+    monkeypatch.setattr(cast_compare, "run_arm", counted)
+    flags = [*SMALL, *BY_GATES, "--examples", "8", "--max-completion-length", "12"]
+    flags += ["--seeds", "2", "--random-draws", "1", "--evaluations", "1"]
+    flags += ["--output-dir", str(tmp_path), "--arms", "full;skip top C;all heads, replay"]
+    cast_compare.main(flags)
+    whole = json.loads((tmp_path / "compare.json").read_text())["seeds"]
+    assert len(made) == 6
+    lines = (tmp_path / "compare.jsonl").read_text().splitlines(keepends=True)
+    assert len(lines) == 2 * (1 + 3)
+    for kept, left in ((0, 6), (1, 6), (3, 4), (7, 1), (8, 0)):
+        made.clear()
+        torn = lines[kept][:40] if kept < 8 else ""  # the process was killed while it wrote
+        (tmp_path / "compare.jsonl").write_text("".join(lines[:kept]) + torn)
+        cast_compare.main(flags)
+        assert len(made) == left
+        assert json.loads((tmp_path / "compare.json").read_text())["seeds"] == whole
+        assert (tmp_path / "compare.jsonl").read_text() == "".join(lines)
+    made.clear()
+    cast_compare.main([*flags, "--learning-rate", "1e-3", "--seeds", "1"])
+    assert len(made) == 3
+    cast_compare.main(flags)  # those of the old flags are still there
+    assert len(made) == 3
+    assert json.loads((tmp_path / "compare.json").read_text())["seeds"] == whole
 
 
 def test_every_arm_has_a_look_of_its_own(tmp_path, monkeypatch):
