@@ -39,12 +39,13 @@ RECIPE = dict(
 LOG_RATIO_LIMIT = 20.0  # far outside of any clip
 
 
-def group_advantages(rewards, num_generations, eps=1e-6):
+def group_advantages(rewards, num_generations, eps=1e-6, scale=True):
     """Rewards, centred and scaled within each group (DeepSeekMath 4.1.2; TEPO Eq. 4).
 
     rewards: [B]; rows i*G .. (i+1)*G-1 are the completions of prompt i. Groups go by position,
-    never by the prompt's text. num_generations: G. Returns advantages [B]: exactly 0 in a group
-    whose rewards are all equal. Raises ValueError when B is not a multiple of G, or G < 2.
+    never by the prompt's text. num_generations: G. scale: whether to divide by the deviation of the
+    group; Dr. GRPO does not. Returns advantages [B]: exactly 0 in a group whose rewards are all
+    equal. Raises ValueError when B is not a multiple of G, or G < 2.
     """
     if num_generations < 2 or len(rewards) % num_generations:
         raise ValueError(
@@ -52,7 +53,9 @@ def group_advantages(rewards, num_generations, eps=1e-6):
         )
     groups = rewards.float().view(-1, num_generations)  # [B/G, G]
     centred = groups - groups.mean(dim=1, keepdim=True)
-    advantages = centred / (groups.std(dim=1, keepdim=True) + eps)
+    advantages = centred
+    if scale:
+        advantages = centred / (groups.std(dim=1, keepdim=True) + eps)
     equal = (groups == groups[:, :1]).all(dim=1, keepdim=True)
     return advantages.masked_fill(equal, 0.0).view(-1)
 

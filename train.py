@@ -79,6 +79,7 @@ LORA = dict(learning_rate=1e-5)  # adapters need a higher rate
 ALGORITHMS = ("tepo", "grpo", "dapo")
 SAMPLING = "groups of equal scores: off keeps them, filter drops them, refill samples on"
 OVERLONG = "soft punishes long completions, filter leaves truncated ones out of the loss"
+SCALING = "group: advantages are divided by the deviation of their group"
 JUDGE_SECONDS = 60.0  # of algebra in a step: answers that would take more count as wrong
 FREE_ON_RESUME = (
     "steps",
@@ -171,6 +172,7 @@ def build_parser(recipe, defaults):
         default="unit",
         help="dapo: -1 and 1 for 0 and 1",
     )
+    flag("--scale-rewards", choices=["group", "none"], default="group", help=SCALING)
     # Optimizer
     flag("--learning-rate", type=flags.positive_float, help="AdamW's, constant")
     flag("--adam-beta2", type=flags.below_one, default=0.95, help="AdamW's second moment")
@@ -512,7 +514,9 @@ def roll_out(run):
             groups = [group for group, kept in zip(sampled, mixed.tolist()) if kept]
     for group in groups:
         rewards = torch.tensor([s.reward for s in group])
-        for s, advantage in zip(group, group_advantages(rewards, len(group)).tolist()):
+        scale = args.scale_rewards == "group"
+        advantages = group_advantages(rewards, len(group), scale=scale)
+        for s, advantage in zip(group, advantages.tolist()):
             s.advantage = advantage
     return groups, sampled
 
@@ -731,6 +735,7 @@ def train(args):
     while run.step < args.steps:
         run.step += 1
         verify.allow(JUDGE_SECONDS)
+        torch.manual_seed(args.seed + run.step)  # an objective that draws may be resumed, too
         clock = [time.perf_counter()]
         groups, sampled = roll_out(run)
         clock.append(time.perf_counter())

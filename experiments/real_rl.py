@@ -16,12 +16,8 @@ is printed at the end.
 """
 
 import argparse
-import os
 import random
 import re
-import subprocess
-import sys
-import time
 from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
@@ -34,7 +30,7 @@ from engine.errors import UserError, run_script
 from engine.files import read_json, read_jsonl, replacing, save_figure, write_json, write_jsonl
 from engine.flags import non_negative_int, positive_float, positive_int
 from engine.models import load_model, load_tokenizer, resolve_model
-from engine.runs import ROOT
+from experiments.pool import run_all, steps_in
 from tasks.prompts import prompted
 from tasks.rows import local_rows
 from train import mean
@@ -171,54 +167,6 @@ def commands_of(args, directory):
             train = partial(train_command, args, directory, algo, seed)
             tasks.append([train, *(partial(judge, f"{algo}-{seed}", way) for way in JUDGING)])
     return tasks
-
-
-def finished_steps(args, directory):
-    """The steps of all runs so far."""
-    folders = directory.glob("*-*/metrics.jsonl")
-    return sum(min(len(read_jsonl(path)), args.steps) for path in folders)
-
-
-def run_all(args, directory):
-    """Runs all tasks, --jobs at a time, with a bar over the steps of all runs.
-
-    Raises UserError when one of them fails, with the file in which its words are.
-    """
-    waiting = commands_of(args, directory)
-    running = []  # of (process, the commands left)
-    log = directory / "log.txt"
-    total = args.steps * args.seeds * len(ALGORITHMS)
-    environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
-    with tqdm(desc="steps of all runs", total=total, disable=None) as bar:
-        while waiting or running:
-            while waiting and len(running) < args.jobs:
-                running.append((None, waiting.pop(0)))
-            still = []
-            for process, commands in running:
-                if process is not None and process.poll() is None:
-                    still.append((process, commands))
-                    continue
-                if process is not None and process.returncode:
-                    for other, _ in running:
-                        if other is not None and other.poll() is None:
-                            other.terminate()
-                    raise UserError(f"a run has failed: its words are in {log}")
-                command = None
-                while commands and command is None:
-                    command = commands.pop(0)()
-                if command is not None:
-                    with log.open("a") as words:
-                        process = subprocess.Popen(
-                            [sys.executable, *command],
-                            cwd=ROOT,
-                            env=environment,
-                            stdout=words,
-                            stderr=words,
-                        )
-                    still.append((process, commands))
-            running = still
-            bar.update(finished_steps(args, directory) - bar.n)
-            time.sleep(1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -410,7 +358,14 @@ def main(argv=None):
     write_parts(args, directory)
     if not (directory / "warm").is_dir():
         warm_start(args, directory)
-    run_all(args, directory)
+    run_all(
+        commands_of(args, directory),
+        args.jobs,
+        args.threads,
+        log=directory / "log.txt",
+        total=args.steps * args.seeds * len(ALGORITHMS),
+        steps_done=lambda: steps_in(directory.glob("*-*"), args.steps),
+    )
     found = collect(args, directory)
     write_json(directory / "real_rl.json", found)
     draw(found, directory / "real_rl.png")

@@ -15,7 +15,7 @@ import train
 from engine.errors import UserError
 from engine.heads import find_heads
 from engine.models import load_model, load_tokenizer, stop_token_ids
-from experiments import bench, pretrained, real_rl
+from experiments import bench, pool, pretrained, real_rl
 from rollout import check_model, sample
 from tests.conftest import ROOT, build_checkpoint, names_in
 
@@ -75,12 +75,14 @@ def test_real_rl_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     assert stamps == {path: path.stat().st_mtime_ns for path in out.glob("*/*.jsonl")}
 
 
-def test_a_failed_run_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(real_rl, "ALGORITHMS", ())
-    (tmp_path / "test.jsonl").write_text("[]")
-    args = real_rl.parse_args(["--data", "x", "--model", "tiny", "--output-dir", str(tmp_path)])
+def test_a_failed_run_is_one_line(tmp_path):
+    """The others are stopped, and the words of the one that failed are in the log."""
+    log = tmp_path / "log.txt"
+    fails = [lambda: None, lambda: ["-c", "raise SystemExit('too bad')"], lambda: 1 / 0]
+    sleeps = [lambda: ["-c", "import time; time.sleep(60)"]]
     with pytest.raises(UserError, match="log.txt"):
-        real_rl.run_all(args, tmp_path)
+        pool.run_all([fails, sleeps], 2, 1, log, total=1, steps_done=lambda: 0)
+    assert "too bad" in log.read_text()
 
 
 # --------------------------------------------------------------------------------------------------
