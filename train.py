@@ -36,6 +36,7 @@ from engine import flags, models, runs
 from engine.errors import UserError, run_script
 from engine.files import append_jsonl, fingerprint
 from engine.plots import plot_curves
+from engine.tokens import choose, token_rows, write_page
 from engine.trackers import TRACKERS, require, start_tracker
 from grpo import group_advantages, mixed_groups
 from rollout import check_model, collate, micro_batches, sample, score, split_evenly
@@ -88,6 +89,7 @@ FREE_ON_RESUME = (
     "save_total_limit",
     "log_completions_steps",
     "report_to",
+    "picture_tokens",
     # These change nothing but rounding.
     "max_tokens_per_batch",
     "rollout_batch_size",
@@ -221,6 +223,7 @@ def build_parser(recipe, defaults):
         default=10,
         help="write a few, every so many",
     )
+    flag("--picture-tokens", action="store_true", help="tokens.html: what happens to each of them")
     trackers = ["none", *TRACKERS]
     flag("--report-to", choices=trackers, default="none", help="send the log there too")
     flags.add_run_flags(parser)
@@ -334,6 +337,7 @@ class Run:
     cursor: int  # problems taken
     rows: list  # of metrics.jsonl
     track: object  # sends a row to --report-to
+    pictured: list  # the samples of this step whose tokens are pictured
 
     def autocast(self, cache=True):
         """bf16 on a GPU, fp32 elsewhere.
@@ -450,6 +454,7 @@ def set_up(args):
         cursor=cursor,
         rows=rows,
         track=start_tracker(args.report_to, args, directory),
+        pictured=[],
     )
 
 
@@ -527,6 +532,7 @@ def old_statistics(run, samples):
     batches = []
     for part in micro_batches(samples, args.max_tokens_per_batch, run.share_prompts):
         batch = collate(part, run.model.device, run.share_prompts)
+        batch["samples"] = part
         batch["advantages"] = torch.tensor([s.advantage for s in part], device=run.model.device)
         # The very batch that the update will use, so that the first ratio is exactly 1.
         with torch.no_grad(), run.autocast(cache=False):
@@ -597,14 +603,19 @@ def update(run, minis):
     tokens = 0
     deviation = None  # the largest |ratio - 1|
     grad_norms = []
+    pictures = []
     parameters = run.optimizer.param_groups[0]["params"]
-    for batches in minis * args.num_iterations:
+    for number, batches in enumerate(minis * args.num_iterations, 1):
         for batch in batches:
             with run.autocast(cache=False):
                 logp, entropy = score(run.model, batch, args.temperature)
             mask = batch["mask"]
             loss, metrics = checked_loss(run, batch, logp, entropy)
             loss.backward()
+            if run.pictured:
+                pictures += token_rows(
+                    run.tokenizer, run.step, number, batch, entropy, metrics, run.pictured
+                )
             if "ratio" in metrics:
                 off = (metrics.pop("ratio") - 1)[mask].abs().max().item()
                 deviation = max(deviation or 0.0, off)
@@ -623,6 +634,8 @@ def update(run, minis):
         grad_norms.append(norm)
         run.optimizer.step()
         run.optimizer.zero_grad()  # no gradient takes up memory while sampling
+    if pictures:
+        append_jsonl(run.directory / "tokens.jsonl", pictures)
     means = {key: value / tokens for key, value in sums.items()}
     gaps = [batch["sampling_gap"] for batches in minis for batch in batches]
     return {
@@ -652,9 +665,14 @@ def mean(values):
     return sum(values) / max(len(values), 1)
 
 
+def shows_completions(run):
+    """Whether some completions of this step are written down."""
+    args = run.args
+    return run.step % args.log_completions_steps == 0 or run.step in (1, args.steps)
+
+
 def log(run, groups, sampled, measured, seconds):
     """Step 5: a row of metrics.jsonl, some completions, and a line on the terminal."""
-    args = run.args
     samples = [s for group in sampled for s in group]
     lengths = [len(s.completion_ids) for s in samples]
     row = {
@@ -678,7 +696,7 @@ def log(run, groups, sampled, measured, seconds):
     run.rows.append(row)
     append_jsonl(run.directory / "metrics.jsonl", [row])
     run.track(row)
-    if run.step % args.log_completions_steps == 0 or run.step in (1, args.steps):
+    if shows_completions(run):
         completions = [
             {
                 "step": run.step,
@@ -738,6 +756,7 @@ def train(args):
         torch.manual_seed(args.seed + run.step)  # an objective that draws may be resumed, too
         clock = [time.perf_counter()]
         groups, sampled = roll_out(run)
+        run.pictured = choose(groups) if args.picture_tokens and shows_completions(run) else []
         clock.append(time.perf_counter())
         minis = mini_batches(run, groups)
         clock.append(time.perf_counter())
@@ -770,6 +789,8 @@ def train(args):
                 run.cursor,
             )
             plot_curves(run.rows, run.directory / "curves.png")
+            if args.picture_tokens:
+                write_page(run.directory, f"{args.algo}, {args.model}")
     bar.close()
     return run.rows
 

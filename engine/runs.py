@@ -24,9 +24,12 @@ from engine.errors import UserError, printable
 
 ROOT = Path(__file__).resolve().parent.parent
 LOGS = {  # what the scripts write to a run's directory, besides args.json and checkpoints
-    "train": ("metrics.jsonl", "completions.jsonl", "curves.png"),
+    "train": ("metrics.jsonl", "completions.jsonl", "curves.png", "tokens.jsonl", "tokens.html"),
     "eval": ("samples.jsonl", "results.json"),
-    "cast": ("conflict_map.json", "conflict_map.png", "tuned", "compare.json", "compare.png"),
+    "cast": (
+        *("conflict_map.json", "conflict_map.png", "tuned"),
+        *("compare.json", "compare.jsonl", "compare.png"),
+    ),
 }
 TRACKED = ("tensorboard", "wandb")  # folders of --report-to
 CHECKPOINT = re.compile("checkpoint-(0|[1-9][0-9]{0,17})")
@@ -289,12 +292,13 @@ def rewind(directory, step):
 
     Returns the rows of metrics.jsonl.
     """
-    for name in ("completions.jsonl", "metrics.jsonl"):
+    for name in ("completions.jsonl", "tokens.jsonl", "metrics.jsonl"):
         rows = files.read_jsonl(directory / name)
         rows = [row for row in rows if isinstance(row.get("step"), int) and row["step"] <= step]
         if name == "metrics.jsonl":
             rows = [row for row in rows if is_metrics(row)]
-        files.write_jsonl(directory / name, rows)
+        if name != "tokens.jsonl" or (directory / name).exists():  # --picture-tokens alone makes it
+            files.write_jsonl(directory / name, rows)
     if len(rows) < step:
         print(f"note: metrics.jsonl is damaged; it has {len(rows)} of the first {step} steps")
     return rows
