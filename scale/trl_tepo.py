@@ -1,0 +1,223 @@
+"""TEPO inside TRL's GRPOTrainer (TRL 1.16): several GPUs, vLLM rollouts, LoRA, trackers, the hub.
+
+    pip install trl==1.16.0
+    accelerate launch --num_processes 8 scale/trl_tepo.py --model Qwen2.5-7B --use-vllm
+
+`TEPOTrainer` is GRPOTrainer with another `_compute_loss`, which calls tepo.tepo_loss. TRL does
+everything else. Three things that it does not do are done here:
+
+- Old log-probs *and old entropies* come from one more pass, without gradient, over each generation
+  batch. TRL has no old entropies, and with its defaults no old log-probs: there every ratio is 1.
+- The mean is over the tokens of an optimizer step: those of all processes and accumulation steps.
+  TRL's own takes the mean over the generation batch for all of its optimizer steps.
+- Groups of equal rewards do not count in it. They have no gradient; TEPO "removes" them.
+
+With one update for each rollout TEPO would be DAPO, so that is refused. Flags have the names of
+train.py; TRL's own settings are made of them in `config`.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from trl import GRPOConfig, GRPOTrainer
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import tasks
+import tepo
+import train
+from engine.errors import UserError, run_script
+from engine.flags import positive_int
+from engine.models import load_model, load_tokenizer, resolve_model
+from tasks.prompts import encode, prompted, render
+
+
+class TEPOTrainer(GRPOTrainer):
+    """GRPOTrainer with TEPO's loss. beta and kl_mask are TEPO's: the KL is to the old policy.
+
+    prompt_ids: dict from each prompt's text to its tokens, if TRL shall not tokenize them.
+    """
+
+    def __init__(self, *arguments, tepo_beta=0.001, kl_mask="positive", prompt_ids=None, **named):
+        super().__init__(*arguments, **named)
+        args = self.args
+        if args.steps_per_generation % args.gradient_accumulation_steps:
+            raise ValueError("steps_per_generation must be a multiple of the accumulation steps")
+        if args.steps_per_generation * args.num_iterations == args.gradient_accumulation_steps:
+            raise ValueError(
+                "one update for each rollout: every ratio is 1 and TEPO is DAPO; raise "
+                "num_iterations or steps_per_generation"
+            )
+        if args.beta or args.use_liger_kernel:
+            raise ValueError("beta must be 0 (give tepo_beta) and use_liger_kernel False")
+        self.tepo_beta = tepo_beta
+        self.kl_mask = kl_mask
+        self.prompt_ids = prompt_ids
+
+    def _tokenize_prompts(self, prompts):
+        if self.prompt_ids is None:
+            return super()._tokenize_prompts(prompts)
+        return [self.prompt_ids[prompt] for prompt in prompts], None, {}
+
+    def statistics(self, model, inputs, batch_size=None):
+        """Log-probs and entropies [B, T] of the completions in `inputs`."""
+        completion_ids = inputs["completion_ids"]
+        logp, entropy, _ = self._get_per_token_logps_and_entropies(
+            model,
+            torch.cat([inputs["prompt_ids"], completion_ids], dim=1),
+            torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
+            completion_ids.size(1),
+            batch_size,
+            compute_entropy=True,
+        )
+        return logp, entropy
+
+    def _generate_and_score_completions(self, inputs):
+        batch = super()._generate_and_score_completions(inputs)
+        with torch.no_grad():
+            size = self.args.per_device_train_batch_size
+            old = self.statistics(self.model, batch, size)
+        batch["old_per_token_logps"], batch["old_entropies"] = old
+        return batch
+
+    def _prepare_inputs(self, generation_batch):
+        rollout = self.args.steps_per_generation * self.num_iterations  # micro-batches
+        fresh = self._step % rollout == 0 or self._buffered_inputs is None
+        inputs = super()._prepare_inputs(generation_batch)
+        if self.model.training and fresh:
+            window = self.args.gradient_accumulation_steps  # micro-batches of an optimizer step
+            for start in range(0, len(self._buffered_inputs), window):
+                batches = self._buffered_inputs[start : start + window]
+                tokens = sum(token_mask(batch).sum() for batch in batches)
+                tokens = self.accelerator.reduce(tokens, reduction="sum").item()
+                for batch in batches:
+                    batch["num_tokens"] = tokens
+        return inputs
+
+    def _compute_loss(self, model, inputs):
+        mask = token_mask(inputs)
+        logp, entropy = self.statistics(model, inputs)
+        loss, metrics = tepo.tepo_loss(
+            logp,
+            inputs["old_per_token_logps"],
+            inputs["advantages"],
+            mask,
+            entropy_change=tepo.exact_entropy_change(entropy, inputs["old_entropies"]),
+            num_tokens=inputs.get("num_tokens", mask.sum().item()),
+            epsilon_low=self.epsilon_low,
+            epsilon_high=self.epsilon_high,
+            beta=self.tepo_beta,
+            kl_mask=self.kl_mask,
+        )
+        for name, value in {"entropy": entropy, **metrics}.items():
+            sums = torch.stack([(value * mask).sum().float(), mask.sum().float()])
+            sums = self.accelerator.reduce(sums, reduction="sum")
+            mode = "train" if self.model.training else "eval"
+            self._metrics[mode][name].append((sums[0] / sums[1].clamp(min=1)).item())
+        return loss * self.accelerator.num_processes  # gradients are averaged over processes
+
+
+def token_mask(inputs):
+    """The completion tokens [B, T] that count. A group of equal rewards has advantages of 0."""
+    mask = inputs["completion_mask"].bool()
+    if "tool_mask" in inputs:
+        mask = mask & inputs["tool_mask"].bool()
+    return mask & (inputs["advantages"] != 0).unsqueeze(1)
+
+
+def config(args, processes):
+    """The GRPOConfig of our flags. One optimizer step takes one of our mini-batches."""
+    completions = args.num_prompts * args.num_generations // args.steps_per_generation
+    each = args.per_device_train_batch_size * processes  # completions of a micro-batch, everywhere
+    if completions % each:
+        raise UserError(
+            f"an update has {completions} completions: not a multiple of {each}, which is "
+            f"--per-device-train-batch-size times {processes} processes"
+        )
+    return GRPOConfig(
+        output_dir=args.output_dir or "runs/trl_tepo",
+        max_steps=args.steps * args.steps_per_generation * args.num_iterations,
+        num_generations=args.num_generations,
+        per_device_train_batch_size=args.per_device_train_batch_size,
+        gradient_accumulation_steps=completions // each,
+        steps_per_generation=completions // each * args.steps_per_generation,
+        num_iterations=args.num_iterations,
+        max_completion_length=args.max_completion_length,
+        temperature=args.temperature,
+        learning_rate=args.learning_rate,
+        lr_scheduler_type="constant",
+        adam_beta2=0.95,
+        beta=0.0,
+        epsilon=args.epsilon,
+        epsilon_high=args.epsilon_high,
+        seed=args.seed,
+        report_to=args.report_to,
+        logging_steps=1,
+        save_strategy="no",
+        use_vllm=args.use_vllm,
+        vllm_mode="colocate",
+        bf16=torch.cuda.is_available(),
+        use_cpu=not torch.cuda.is_available(),
+        gradient_checkpointing=args.gradient_checkpointing,
+    )
+
+
+# Flags of train.py that mean something here; any other must keep its default.
+TAKEN = """algo model data data_root steps num_prompts num_generations max_prompt_length temperature
+    max_completion_length judge_thoughts learning_rate steps_per_generation num_iterations epsilon
+    epsilon_high beta kl_mask seed report_to output_dir lora_rank gradient_checkpointing threads
+    system_prompt few_shot instruction chat_template_kwargs preset overwrite embedded
+    overlong_cache""".split()  # the last has another default for each --max-completion-length
+
+
+def parse_args(argv=None):
+    """The flags of train.py, and two more."""
+    own = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    own.add_argument("--per-device-train-batch-size", type=positive_int, default=8, help="at once")
+    own.add_argument("--use-vllm", action="store_true", help="vLLM samples, on the same GPUs")
+    first, rest = own.parse_known_args(argv)
+    args = train.parse_args(["--algo", "tepo", *rest])
+    usual = vars(train.parse_args(["--algo", "tepo", "--model", args.model]))
+    for name, value in vars(args).items():
+        if name not in TAKEN and value != usual[name]:
+            raise UserError(f"--{name.replace('_', '-')} has no effect here: leave it out")
+    return argparse.Namespace(**vars(args), **vars(first))
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    tokenizer = load_tokenizer(resolve_model(args.model))
+    task = tasks.load(args.data, "train", args.data_root, args.judge_thoughts)
+    problems = prompted(task.problems, tokenizer, args)
+    problems = encode(problems, tokenizer, args.max_prompt_length)
+    texts = [render(problem, tokenizer)[0] for problem in problems]
+
+    def reward(completion_ids, number, **_):
+        found = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
+        return [task.reward(problems[i], text) for i, text in zip(number, found)]
+
+    peft_config = None
+    if args.lora_rank:
+        from peft import LoraConfig
+
+        peft_config = LoraConfig(r=args.lora_rank, target_modules="all-linear")
+    trainer = TEPOTrainer(
+        load_model(resolve_model(args.model), "cpu"),
+        reward,
+        config(args, int(os.environ.get("WORLD_SIZE", 1))),
+        Dataset.from_list([{"prompt": text, "number": i} for i, text in enumerate(texts)]),
+        processing_class=tokenizer,
+        peft_config=peft_config,
+        tepo_beta=args.beta,
+        kl_mask=args.kl_mask,
+        prompt_ids=dict(zip(texts, (problem["prompt_ids"] for problem in problems))),
+    )
+    trainer.train()
+    trainer.save_model()
+
+
+if __name__ == "__main__":
+    run_script(main, "trl_tepo.py")
