@@ -28,7 +28,10 @@ SMALL = {
 SMALL_COMPARE = "--seeds 2 --random-draws 1 --evaluations 1"
 HERE = "--threads 1 --device cpu"
 
-OTHER_PROGRAMS = {"--check"}  # flags of ruff
+OTHER_PROGRAMS = {  # flags of ruff, of accelerate and torchrun, of scale/, which needs TRL
+    *("--check", "--num_processes", "--use_fsdp", "--fsdp_version", "--cpu", "--nproc_per_node"),
+    *("--use-vllm", "--per-device-train-batch-size"),
+}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -167,7 +170,7 @@ def test_every_flag_exists(monkeypatch):
         known |= set(re.findall(r"--[a-z][a-z-]+", help_of(script, monkeypatch)))
     for kind, handler in handlers.items():
         signal.signal(kind, handler)
-    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", TEXT))
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+", TEXT))
     assert named - OTHER_PROGRAMS <= known
 
 
@@ -199,7 +202,7 @@ def test_links_and_files_exist(page):
             assert anchor in [re.sub(r"[^\w -]", "", t.lower()).replace(" ", "-") for t in titles]
     for file in re.findall(r"\b(?:[a-z_]+/)*[a-z_]+\.py\b", PAGES[page]):
         assert file in example_files() or (ROOT / file).exists(), file
-    for module in re.findall(r"python -m ((?:\w+\.)+\w+)", PAGES[page]):
+    for module in re.findall(r"python -m ((?:experiments|tiny)\.\w+)", PAGES[page]):
         assert (ROOT / (module.replace(".", "/") + ".py")).exists(), module
 
 
