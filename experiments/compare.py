@@ -9,6 +9,10 @@ An experiment is a list of flags for train.py, times some seeds. Its runs go sid
 as there are cores, and the same command goes on where it stopped. Two runs with the same seed begin
 with the same rollout, so methods are compared seed by seed.
 
+Whether TEPO needs half the steps is decided by `convergence --only "8 updates, wide" --seeds 10`:
+8 updates are the paper's, and 0.2/0.28 the only clip that it states. That was fixed before any of
+these runs was made. The other settings show where it would be otherwise.
+
 Tasks:
     sums     the embedded task: one completion in three is right before training
     sparse   the same sums, from a model that a short supervised warm start has made lazier: three
