@@ -13,25 +13,23 @@ everything else. Three things that it does not do are done here:
 - Groups of equal rewards do not count in it. They have no gradient; TEPO "removes" them.
 
 With one update for each rollout TEPO would be DAPO, so that is refused. Flags have the names of
-train.py; TRL's own settings are made of them in `config`.
+train.py; scale/trl_config.py makes TRL's settings of them.
 """
 
-import argparse
 import os
 import sys
 from pathlib import Path
 
 import torch
 from datasets import Dataset
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOTrainer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import tasks
 import tepo
-import train
-from engine.errors import UserError, run_script
-from engine.flags import positive_int
+from engine.errors import run_script
 from engine.models import load_model, load_tokenizer, resolve_model
+from scale.trl_config import config, parse_args
 from tasks.prompts import encode, prompted, render
 
 
@@ -53,6 +51,8 @@ class TEPOTrainer(GRPOTrainer):
             )
         if args.beta or args.use_liger_kernel:
             raise ValueError("beta must be 0 (give tepo_beta) and use_liger_kernel False")
+        if args.use_vllm and args.vllm_importance_sampling_correction:
+            raise ValueError("vllm_importance_sampling_correction weighs tokens: set it to False")
         self.tepo_beta = tepo_beta
         self.kl_mask = kl_mask
         self.prompt_ids = prompt_ids
@@ -126,65 +126,6 @@ def token_mask(inputs):
     if "tool_mask" in inputs:
         mask = mask & inputs["tool_mask"].bool()
     return mask & (inputs["advantages"] != 0).unsqueeze(1)
-
-
-def config(args, processes):
-    """The GRPOConfig of our flags. One optimizer step takes one of our mini-batches."""
-    completions = args.num_prompts * args.num_generations // args.steps_per_generation
-    each = args.per_device_train_batch_size * processes  # completions of a micro-batch, everywhere
-    if completions % each:
-        raise UserError(
-            f"an update has {completions} completions: not a multiple of {each}, which is "
-            f"--per-device-train-batch-size times {processes} processes"
-        )
-    return GRPOConfig(
-        output_dir=args.output_dir or "runs/trl_tepo",
-        max_steps=args.steps * args.steps_per_generation * args.num_iterations,
-        num_generations=args.num_generations,
-        per_device_train_batch_size=args.per_device_train_batch_size,
-        gradient_accumulation_steps=completions // each,
-        steps_per_generation=completions // each * args.steps_per_generation,
-        num_iterations=args.num_iterations,
-        max_completion_length=args.max_completion_length,
-        temperature=args.temperature,
-        learning_rate=args.learning_rate,
-        lr_scheduler_type="constant",
-        adam_beta2=0.95,
-        beta=0.0,
-        epsilon=args.epsilon,
-        epsilon_high=args.epsilon_high,
-        seed=args.seed,
-        report_to=args.report_to,
-        logging_steps=1,
-        save_strategy="no",
-        use_vllm=args.use_vllm,
-        vllm_mode="colocate",
-        bf16=torch.cuda.is_available(),
-        use_cpu=not torch.cuda.is_available(),
-        gradient_checkpointing=args.gradient_checkpointing,
-    )
-
-
-# Flags of train.py that mean something here; any other must keep its default.
-TAKEN = """algo model data data_root steps num_prompts num_generations max_prompt_length temperature
-    max_completion_length judge_thoughts learning_rate steps_per_generation num_iterations epsilon
-    epsilon_high beta kl_mask seed report_to output_dir lora_rank gradient_checkpointing threads
-    system_prompt few_shot instruction chat_template_kwargs preset overwrite embedded
-    overlong_cache""".split()  # the last has another default for each --max-completion-length
-
-
-def parse_args(argv=None):
-    """The flags of train.py, and two more."""
-    own = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    own.add_argument("--per-device-train-batch-size", type=positive_int, default=8, help="at once")
-    own.add_argument("--use-vllm", action="store_true", help="vLLM samples, on the same GPUs")
-    first, rest = own.parse_known_args(argv)
-    args = train.parse_args(["--algo", "tepo", *rest])
-    usual = vars(train.parse_args(["--algo", "tepo", "--model", args.model]))
-    for name, value in vars(args).items():
-        if name not in TAKEN and value != usual[name]:
-            raise UserError(f"--{name.replace('_', '-')} has no effect here: leave it out")
-    return argparse.Namespace(**vars(args), **vars(first))
 
 
 def main(argv=None):
