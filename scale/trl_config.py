@@ -19,7 +19,7 @@ TAKEN = """algo model data data_root steps num_prompts num_generations max_promp
 
 
 def parse_args(argv=None):
-    """The flags of train.py, and two more."""
+    """The flags of train.py, and two more. Raises UserError for one that has no effect here."""
     own = argparse.ArgumentParser(add_help=False)
     own.add_argument("--per-device-train-batch-size", type=positive_int, default=8, help="at once")
     own.add_argument("--use-vllm", action="store_true", help="vLLM samples, on the same GPUs")
@@ -33,7 +33,10 @@ def parse_args(argv=None):
 
 
 def config(args, processes):
-    """The GRPOConfig of our flags. One optimizer step takes one of our mini-batches."""
+    """The GRPOConfig of our flags. One optimizer step takes one of our mini-batches.
+
+    Raises UserError for what cannot be cut evenly, and for what makes TEPO another method.
+    """
     completions = args.num_prompts * args.num_generations // args.steps_per_generation
     each = args.per_device_train_batch_size * processes  # completions of a micro-batch, everywhere
     if completions % each:
@@ -42,6 +45,11 @@ def config(args, processes):
             f"--per-device-train-batch-size times {processes} processes"
         )
     updates = args.steps_per_generation * args.num_iterations  # of a rollout
+    if updates == 1:
+        raise UserError(
+            "with one update for each rollout every ratio is 1 and TEPO is DAPO: raise "
+            "--num-iterations or --steps-per-generation"
+        )
     return GRPOConfig(
         output_dir=args.output_dir or "runs/trl_tepo",
         max_steps=args.steps * updates,

@@ -11,19 +11,21 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import tepo
+from engine.errors import UserError
 from engine.heads import find_heads, trained_masks
-from engine.models import load_model, resolve_model
+from engine.models import load_model, load_tokenizer, resolve_model
 from tests.conftest import ROOT
 from tests.test_losses import batches
 from tests.test_variants import complete, trl_loss, verl_losses
 
 needs_trl = pytest.mark.skipif(find_spec("trl") is None, reason="trl is not installed")
-SPLITS = [(1, 1), (1, 4), (2, 1), (2, 2)]  # processes, accumulation steps
+SPLITS = [(1, 1), (1, 4), (2, 2)]  # processes, accumulation steps
 
 
 def launch(processes, script, *arguments):
@@ -108,15 +110,37 @@ def test_the_command_trains(tmp_path):
         ("--num-prompts 12 --steps-per-generation 3 --num-generations 5", "not a multiple of 8"),
     ],
 )
-def test_settings_that_mean_nothing_here_are_refused(flags, message, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "scale/trl_tepo.py", *flags.split(), "--output-dir", str(tmp_path / "x")],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode != 0 and message in done.stderr
+def test_settings_that_mean_nothing_here_are_refused(flags, message):
+    from scale import trl_config
+
+    with pytest.raises(UserError, match=message):
+        trl_config.config(trl_config.parse_args(flags.split()), processes=1)
+
+
+@needs_trl
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({}, "TEPO is DAPO"),
+        ({"num_iterations": 2, "beta": 0.1}, "tepo_beta"),
+        ({"gradient_accumulation_steps": 2, "steps_per_generation": 3}, "multiple"),
+    ],
+)
+def test_trainer_refuses_what_is_not_tepo(wrong, message, tmp_path):
+    from trl import GRPOConfig
+
+    from scale.trl_tepo import TEPOTrainer
+
+    name = resolve_model("tiny")
+    usual = dict(output_dir=str(tmp_path), bf16=False, use_cpu=True, report_to="none")
+    with pytest.raises(ValueError, match=message):
+        TEPOTrainer(
+            load_model(name, "cpu"),
+            lambda completions, **_: [0.0] * len(completions),
+            GRPOConfig(**usual, **wrong),
+            Dataset.from_list([{"prompt": "1+1="}] * 8),
+            processing_class=load_tokenizer(name),
+        )
 
 
 @needs_trl
