@@ -24,7 +24,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean, median, stdev
 
 import torch
 from tqdm import tqdm
@@ -311,7 +311,8 @@ PANELS = {  # of the picture: utility, and which way it is better
 def draw_frontier(results, path):
     """Utility against safety along training as a PNG: a panel a measure, a line an arm.
 
-    A point is the mean over the seeds. Every arm has a colour and a marker of its own.
+    A point is the mean over the seeds. Every arm has a colour and a marker of its own. The picture
+    ends a little beyond where half of the arms end: the fastest ones go on far to the right.
     """
     import matplotlib
 
@@ -321,7 +322,11 @@ def draw_frontier(results, path):
     figure, axes = pyplot.subplots(2, 2, figsize=(15, 10), layout="constrained")
     colors = pyplot.get_cmap("tab20").colors
     markers = "osD^v<>PX*phd8"
+    ends = [mean_of([seed[arm]["end"] for seed in results])["safety_nll"] for arm in results[0]]
+    least = 0.4 * median(ends)
+    start = max(run["start"]["safety_nll"] for seed in results for run in seed.values())
     for axis, (key, label) in zip(axes.flat, PANELS.items()):
+        shown = []
         for i, arm in enumerate(results[0]):
             points = zip(*(seed[arm]["trajectory"] for seed in results))
             rows = [mean_of(point) for point in points]
@@ -330,14 +335,15 @@ def draw_frontier(results, path):
             style = {"color": colors[i % 20], "marker": markers[i % len(markers)], "label": arm}
             width = 3 if arm in ("skip top C", "skip random") else 1.2
             axis.plot(x, y, linewidth=width, markersize=5, **style)
-        values = [
-            row[key] for seed in results for run in seed.values() for row in run["trajectory"]
-        ]
-        if key.endswith("nll") and min(values) > 0 and max(values) > 20 * min(values):
+            shown += [value for level, value in zip(x, y) if level >= least]
+        if key.endswith("nll") and min(shown) > 0 and max(shown) > 20 * min(shown):
             axis.set(yscale="log")
+        else:
+            margin = 0.05 * (max(shown) - min(shown)) or 0.05
+            axis.set_ylim(min(shown) - margin, max(shown) + margin)
         axis.set(xscale="log", ylabel=label)
         axis.set(xlabel="NLL of the refusal of held-out harmful prompts (safer to the right)")
-        axis.invert_xaxis()
+        axis.set_xlim(1.1 * start, least)
         axis.grid(alpha=0.3)
     figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside right center")
     figure.suptitle(f"Utility against safety while tuning, mean over {len(results)} seeds")
@@ -418,7 +424,13 @@ def main(argv=None):
 
     answers = []
     if {"skip top C", "skip random"} <= results[0].keys():
-        answers = [answer(results, key) for key in ("offtopic_nll", "total_nll", "over_refusal")]
+        keys = ["offtopic_nll", "total_nll", "over_refusal"]
+        total, offtopic = (
+            rises(results, "skip top C", key) for key in ("total_nll", "offtopic_nll")
+        )
+        if total == offtopic:
+            keys.remove("total_nll")  # benign requests without wanted answers
+        answers = [answer(results, key) for key in keys]
     record = {"flags": vars(args), "matched_nll": levels, "answers": answers, "seeds": results}
     write_json(directory / "compare.json", record)
     draw_frontier(results, directory / "compare.png")

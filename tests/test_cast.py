@@ -1022,7 +1022,11 @@ def test_every_arm_has_a_look_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr(cast_compare, "save_figure", lambda figure, path: figures.append(figure))
     row = dict.fromkeys(cast_compare.PANELS, 0.5)
     seed = {
-        arm.name: {"trajectory": [{**row, "safety_nll": level} for level in (1.0, 0.5)]}
+        arm.name: {
+            "start": {**row, "safety_nll": 1.0},
+            "end": {**row, "safety_nll": 0.5},
+            "trajectory": [{**row, "safety_nll": level} for level in (1.0, 0.5)],
+        }
         for arm in cast_compare.make_arms(
             cast.ConflictMap(*torch.rand(3, 3, 4)), 4, 1, random.Random(0)
         )
