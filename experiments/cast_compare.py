@@ -201,11 +201,13 @@ def key_of(seed, args, model, sets):
     return digest([seed, flags, tokens, fingerprint(model.named_parameters())])
 
 
-def saved_start(path, key, seed, args, model, tokenizer, heads, sets):
-    """The conflict map of a seed and the first row of its arms, from compare.jsonl or made now."""
-    for row in read_jsonl(path):
-        if row.get("key") == key and row["arm"] == "start":
-            return cast.ConflictMap(*(torch.tensor(row[name]) for name in "OSC")), row["rows"][0]
+def start_of(saved, path, key, seed, args, model, tokenizer, heads, sets):
+    """The conflict map of a seed and the first row of its arms: as saved, or made and saved now.
+
+    saved: the row of compare.jsonl that has them, or None.
+    """
+    if saved:
+        return cast.ConflictMap(*(torch.tensor(saved[name]) for name in "OSC")), saved["rows"][0]
     found = cast.diagnose(model, sets.safe[: args.examples], sets.util, heads, args).map
     begin = {"step": 0, "update_norm": 0.0, **cast.evaluate(model, tokenizer, sets, args)}
     scores = {name: getattr(found, name).tolist() for name in "OSC"}
@@ -224,8 +226,8 @@ def run_seed(seed, args, model, tokenizer, heads, path):
     """
     sets = cast.load_sets(args, model, tokenizer, seed)
     key = key_of(seed, args, model, sets)
-    found, begin = saved_start(path, key, seed, args, model, tokenizer, heads, sets)
-    done = {row["arm"]: row["rows"] for row in read_jsonl(path) if row.get("key") == key}
+    done = {row["arm"]: row for row in read_jsonl(path) if row.get("key") == key}
+    found, begin = start_of(done.get("start"), path, key, seed, args, model, tokenizer, heads, sets)
     rng = random.Random(f"{seed}, random heads")
     runs = {}  # name -> trajectories
     of_safety = set()  # the arms that look at nothing else
@@ -235,7 +237,7 @@ def run_seed(seed, args, model, tokenizer, heads, path):
             continue
         place = f"{number}, {arm.name}"
         if place in done:
-            rows = done[place]
+            rows = done[place]["rows"]
         else:
             rows = run_arm(arm, args, model, tokenizer, heads, sets, seed, begin)
             append_jsonl(path, [{"key": key, "seed": seed, "arm": place, "rows": rows}])

@@ -39,7 +39,7 @@ from engine.errors import run_script
 from engine.files import read_jsonl, replacing, save_figure, write_jsonl, written_aside
 from engine.flags import non_negative_int, positive_int
 from engine.models import load_model, load_tokenizer, resolve_model
-from experiments.pool import run_all, steps_in
+from experiments.pool import present, run_all, steps_in
 from tasks import arithmetic
 
 # --------------------------------------------------------------------------------------------------
@@ -125,17 +125,7 @@ EXPERIMENTS = {
 # --------------------------------------------------------------------------------------------------
 # The sparse task
 
-LAZY_START = 0.85  # see tasks.arithmetic: 0.55 and 0.15 there
-LAZY_LATER = 0.5
-
-
-def lazy_steps(prompt, rng):
-    """How many additions the lazier writer does before it presents its running total."""
-    additions = prompt.count("+")
-    for done in range(additions):
-        if rng.random() < (LAZY_START if done == 0 else LAZY_LATER):
-            return done
-    return additions
+LAZIER = dict(start=0.85, later=0.5)  # see tasks.arithmetic.lazy_steps: 0.55 and 0.15 there
 
 
 def make_lazier(directory):
@@ -148,7 +138,7 @@ def make_lazier(directory):
     pairs = []
     for problem in arithmetic.load("train")[:2000]:
         prompt = problem["prompt"]
-        response = arithmetic.solution(prompt, lazy_steps(prompt, rng))
+        response = arithmetic.solution(prompt, arithmetic.lazy_steps(prompt, rng, **LAZIER))
         pairs.append({"prompt": prompt, "response": response})
     samples = cast.encode_pairs("lazy sums", pairs, tokenizer, 100)
     masks = {name: torch.ones_like(p, dtype=torch.bool) for name, p in model.named_parameters()}
@@ -212,11 +202,6 @@ def steps_to(rewards, level=SOLVED, width=3):
                 return float(width)
             return width + i - (value - level) / (value - means[i - 1])
     return None
-
-
-def present(values):
-    """The values that are not None: a step without an update has no entropy."""
-    return [value for value in values if value is not None]
 
 
 def summary(rows):

@@ -61,3 +61,8 @@ def run_all(tasks, jobs, threads, log, total, steps_done):
 def steps_in(folders, most):
     """The steps in the metrics.jsonl of some runs, at most `most` of each."""
     return sum(min(len(read_jsonl(folder / "metrics.jsonl")), most) for folder in folders)
+
+
+def present(values):
+    """The values that are not None: a step without an update has no entropy."""
+    return [value for value in values if value is not None]

@@ -30,7 +30,7 @@ from engine.errors import UserError, run_script
 from engine.files import read_json, read_jsonl, replacing, save_figure, write_json, write_jsonl
 from engine.flags import non_negative_int, positive_float, positive_int
 from engine.models import load_model, load_tokenizer, resolve_model
-from experiments.pool import run_all, steps_in
+from experiments.pool import present, run_all, steps_in
 from tasks.prompts import prompted
 from tasks.rows import local_rows
 from train import mean
@@ -233,11 +233,6 @@ def shown(samples):
         some = [s for s in samples[::4] if s["right"] == right]
         picked += [{key: s[key] for key in keys} for s in some[:2]]
     return picked
-
-
-def present(values):
-    """The values that are not None: a step without an update has no entropy."""
-    return [value for value in values if value is not None]
 
 
 def percent(accuracy):

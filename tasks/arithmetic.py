@@ -77,11 +77,14 @@ LAZY_START = 0.55  # the chance that the embedded model stops before the first a
 LAZY_LATER = 0.15  # the chance that it stops before each later one
 
 
-def lazy_steps(prompt, rng):
-    """How many additions a lazy writer does before it presents its running total."""
+def lazy_steps(prompt, rng, start=LAZY_START, later=LAZY_LATER):
+    """How many additions a lazy writer does before it presents its running total.
+
+    start, later: the chances that it stops before the first and before each later one.
+    """
     additions = prompt.count("+")
     for done in range(additions):
-        if rng.random() < (LAZY_START if done == 0 else LAZY_LATER):
+        if rng.random() < (start if done == 0 else later):
             return done
     return additions
 

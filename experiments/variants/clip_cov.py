@@ -14,6 +14,7 @@ of a micro-batch, as in verl (loss_mode clip_cov).
 import torch
 
 from grpo import clipped_objective, log_ratio
+from tepo import covariance_entropy_change
 
 RECIPE = dict(
     epsilon=0.2,
@@ -26,13 +27,6 @@ RECIPE = dict(
 )
 
 
-def covariance(logp, advantages, mask):
-    """Cov [B, T], without gradient. logp, mask: [B, T]; advantages: [B]. Nonsense off the mask."""
-    advantages = advantages.unsqueeze(1).expand_as(logp)
-    logp = logp.detach()
-    return (logp - logp[mask].mean()) * (advantages - advantages[mask].mean())
-
-
 def loss(batch, logp, entropy, args):
     """What train.py calls for each micro-batch, see grpo.loss. num_tokens: sum_i |y_i|."""
     mask = batch["mask"]
@@ -40,7 +34,10 @@ def loss(batch, logp, entropy, args):
     objective, low, high = clipped_objective(
         ratio, batch["advantages"], args.epsilon, args.epsilon_high
     )
-    cov = covariance(logp, batch["advantages"], mask)
+    token_advantages = batch["advantages"].unsqueeze(1).expand_as(logp)  # [B, T]
+    cov = -covariance_entropy_change(
+        logp, batch["advantages"], logp[mask].mean(), token_advantages[mask].mean()
+    )  # nonsense off the mask
     candidates = (cov > args.clip_cov_lb) & (cov < args.clip_cov_ub) & mask & ~low & ~high
     places = candidates.nonzero()  # [n, 2]
     count = max(int(args.clip_cov_ratio * mask.sum().item()), 1)

@@ -15,6 +15,7 @@ dH < 0, KL-Cov by a covariance.
 import torch
 
 from grpo import log_ratio
+from tepo import covariance_entropy_change
 
 RECIPE = dict(beta=1.0, kl_cov_ratio=2e-3, dynamic_sampling="filter", overlong="none")
 
@@ -26,9 +27,9 @@ def loss(batch, logp, entropy, args):
     d = log_ratio(logp, batch["old_logp"], mask)
     held_back = torch.zeros_like(mask)
     if mask.any():
-        here_logp = logp.detach()[mask]  # [n]
-        here_advantages = advantages[mask]
-        cov = (here_advantages - here_advantages.mean()) * (here_logp - here_logp.mean())
+        cov = -covariance_entropy_change(
+            logp, batch["advantages"], logp[mask].mean(), advantages[mask].mean()
+        )[mask]  # [n]
         k = max(int(args.kl_cov_ratio * len(cov)), 1)
         chosen = torch.zeros_like(cov, dtype=torch.bool)
         chosen[cov.topk(k).indices] = True
