@@ -290,7 +290,8 @@ def text(found, between="; "):
     return f"{found:,}" if type(found) is int else str(found)
 
 
-def main(argv=None):
+def parse_args(argv=None):
+    """The flags."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0],
         formatter_class=Formatter,
@@ -303,7 +304,11 @@ def main(argv=None):
     flag("--minutes", type=non_negative_float, default=8.0, help="no part begins after so many")
     flag("--output", default="runs/gpu.json", help="the JSON file")
     flag("--child", help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
     if args.child:
         run_child(SimpleNamespace(**json.loads(args.child)))
         return

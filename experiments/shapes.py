@@ -106,11 +106,16 @@ def build_tokenizer(chat_template=CHAT_TEMPLATE):
     return tokenizer
 
 
-def main():
+def parse_args(argv=None):
+    """The flags."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shape", choices=SHAPES, required=True)
     parser.add_argument("--output-dir", required=True)
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
     import torch
     from transformers import AutoModelForCausalLM
 
