@@ -1,13 +1,18 @@
-"""From the flags of train.py to the settings of TRL's GRPOConfig, for scale/trl_tepo.py."""
+"""From the flags of train.py to the arguments of TRL's GRPOTrainer, for scale/trl_tepo.py."""
 
 import argparse
+import os
 
 import torch
+from datasets import Dataset
 from trl import GRPOConfig
 
+import tasks
 import train
 from engine.errors import UserError
 from engine.flags import positive_int
+from engine.models import load_model, load_tokenizer, resolve_model
+from tasks.prompts import encode, prompted, render
 
 # Flags of train.py that mean something here; any other must keep its default.
 TAKEN = """algo model data data_root steps num_prompts num_generations max_prompt_length temperature
@@ -79,4 +84,38 @@ def config(args, processes):
         bf16=torch.cuda.is_available(),
         use_cpu=not torch.cuda.is_available(),
         gradient_checkpointing=args.gradient_checkpointing,
+    )
+
+
+def trainer_arguments(args):
+    """Model, reward, settings, prompts and adapters, as a dict for GRPOTrainer.
+
+    Raises UserError for flags that cannot be, and for a model or data that cannot be read.
+    """
+    settings = config(args, int(os.environ.get("WORLD_SIZE", 1)))
+    name = resolve_model(args.model)
+    tokenizer = load_tokenizer(name)
+    task = tasks.load(args.data, "train", args.data_root, args.judge_thoughts)
+    problems = encode(prompted(task.problems, tokenizer, args), tokenizer, args.max_prompt_length)
+    texts = [render(problem, tokenizer)[0] for problem in problems]
+
+    def reward(completion_ids, number, **_):
+        found = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
+        return [task.reward(problems[i], text) for i, text in zip(number, found)]
+
+    peft_config = None
+    if args.lora_rank:
+        from peft import LoraConfig
+
+        peft_config = LoraConfig(r=args.lora_rank, target_modules="all-linear")
+    return dict(
+        model=load_model(name, "cpu"),
+        reward_funcs=reward,
+        args=settings,
+        train_dataset=Dataset.from_list(
+            [{"prompt": text, "number": i} for i, text in enumerate(texts)]
+        ),
+        processing_class=tokenizer,
+        peft_config=peft_config,
+        prompt_ids=dict(zip(texts, (problem["prompt_ids"] for problem in problems))),
     )

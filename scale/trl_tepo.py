@@ -13,24 +13,19 @@ everything else. Three things that it does not do are done here:
 - Groups of equal rewards do not count in it. They have no gradient; TEPO "removes" them.
 
 With one update for each rollout TEPO would be DAPO, so that is refused. Flags have the names of
-train.py; scale/trl_config.py makes TRL's settings of them.
+train.py; scale/trl_config.py makes TRL's arguments of them.
 """
 
-import os
 import sys
 from pathlib import Path
 
 import torch
-from datasets import Dataset
 from trl import GRPOTrainer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import tasks
 import tepo
 from engine.errors import run_script
-from engine.models import load_model, load_tokenizer, resolve_model
-from scale.trl_config import config, parse_args
-from tasks.prompts import encode, prompted, render
+from scale.trl_config import parse_args, trainer_arguments
 
 
 class TEPOTrainer(GRPOTrainer):
@@ -130,32 +125,7 @@ def token_mask(inputs):
 
 def main(argv=None):
     args = parse_args(argv)
-    tokenizer = load_tokenizer(resolve_model(args.model))
-    task = tasks.load(args.data, "train", args.data_root, args.judge_thoughts)
-    problems = prompted(task.problems, tokenizer, args)
-    problems = encode(problems, tokenizer, args.max_prompt_length)
-    texts = [render(problem, tokenizer)[0] for problem in problems]
-
-    def reward(completion_ids, number, **_):
-        found = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
-        return [task.reward(problems[i], text) for i, text in zip(number, found)]
-
-    peft_config = None
-    if args.lora_rank:
-        from peft import LoraConfig
-
-        peft_config = LoraConfig(r=args.lora_rank, target_modules="all-linear")
-    trainer = TEPOTrainer(
-        load_model(resolve_model(args.model), "cpu"),
-        reward,
-        config(args, int(os.environ.get("WORLD_SIZE", 1))),
-        Dataset.from_list([{"prompt": text, "number": i} for i, text in enumerate(texts)]),
-        processing_class=tokenizer,
-        peft_config=peft_config,
-        tepo_beta=args.beta,
-        kl_mask=args.kl_mask,
-        prompt_ids=dict(zip(texts, (problem["prompt_ids"] for problem in problems))),
-    )
+    trainer = TEPOTrainer(**trainer_arguments(args), tepo_beta=args.beta, kl_mask=args.kl_mask)
     trainer.train()
     trainer.save_model()
 

@@ -11,6 +11,7 @@ from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+sys.path.append(str(ROOT / ".verl"))  # see tests/verl.txt
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the network, or waits for it
 # No test writes to the user's cache. matplotlib's fonts may stay there: finding them takes seconds.
 os.environ.setdefault("MPLCONFIGDIR", str(Path.home() / ".cache" / "matplotlib"))

@@ -200,8 +200,9 @@ def verl_config(low, high, beta, tokens, ranks):
     high=st.floats(0.05, 0.5),
     beta=st.floats(0, 1),
     ranks=st.integers(1, 3),
+    seed=st.integers(0, 2**32 - 1),
 )
-def test_verl_tepo_is_tepo_loss(batch, low, high, beta, ranks):
+def test_verl_tepo_is_tepo_loss(batch, low, high, beta, ranks, seed):
     core = verl_losses()
     import scale.verl_tepo  # noqa: F401
 
@@ -209,7 +210,9 @@ def test_verl_tepo_is_tepo_loss(batch, low, high, beta, ranks):
     tokens = mask.sum().item()
     if not tokens:
         return
-    A = batch["advantages"]
+    generator = torch.Generator().manual_seed(seed)
+    A = torch.randn(len(mask), generator=generator, dtype=torch.float64)  # of graded rewards
+    batch["advantages"] = A
     weights = mask.sum(1)
     dH = tepo.covariance_entropy_change(
         batch["logp"],
@@ -222,7 +225,7 @@ def test_verl_tepo_is_tepo_loss(batch, low, high, beta, ranks):
     loss, measured = core.get_policy_loss_fn("tepo")(
         batch["old_logp"],
         batch["logp"],
-        A.unsqueeze(1) * mask,
+        torch.where(mask, A.unsqueeze(1), 7.0),  # whatever the padding holds
         mask.double(),
         loss_agg_mode="token-mean",
         config=verl_config(low, high, beta, given_tokens, ranks),
@@ -239,6 +242,7 @@ def test_verl_tepo_is_tepo_loss(batch, low, high, beta, ranks):
 
 def test_verl_loads_it_by_its_own_loader():
     verl_losses()
+    found = os.pathsep.join([str(ROOT / ".verl"), os.environ.get("PYTHONPATH", "")])
     code = (
         "import verl; from verl.trainer.ppo.core_algos import get_policy_loss_fn as f; "
         "print(f('tepo').__module__)"
@@ -246,7 +250,7 @@ def test_verl_loads_it_by_its_own_loader():
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=ROOT,
-        env={**os.environ, "VERL_USE_EXTERNAL_MODULES": "scale.verl_tepo"},
+        env={**os.environ, "VERL_USE_EXTERNAL_MODULES": "scale.verl_tepo", "PYTHONPATH": found},
         capture_output=True,
         text=True,
         check=False,
