@@ -5,6 +5,7 @@ made of it, and needs nothing else: no network, no script.
 """
 
 from html import escape
+from itertools import groupby
 
 from engine.errors import printable
 from engine.files import read_jsonl, written_aside
@@ -131,20 +132,18 @@ def write_page(directory, title):
         f"The strongest shade is {scale:.2g} nats. Hover for the numbers.</p>",
         LEGEND,
     ]
-    before = None
-    for row in sorted(rows, key=lambda row: (row["step"], -row["advantage"], row["update"])):
-        place = (row["step"], row["prompt"])
-        if before is None or place != before[:2]:
-            prompt = escape(printable(row["prompt"][-300:]))
-            parts.append(f"<h2>step {row['step']}: <code>{prompt}</code></h2>")
-        if before != (*place, row["advantage"]):
-            parts.append(f"<p>reward {row['task_reward']:g}, A = {row['advantage']:+.2f}</p>")
-        before = (*place, row["advantage"])
-        spans = [token_span(row, t, scale) for t in range(len(row["tokens"]))]
-        left = row["length"] - len(row["tokens"])
-        more = f" … and {left} more" if left else ""
-        parts.append(
-            f'<div class="row"><b>at update {row["update"]}</b>{"".join(spans)}{more}</div>'
-        )
+    rows.sort(key=lambda row: (row["step"], -row["advantage"], row["update"]))
+    for (step, prompt), of_prompt in groupby(rows, lambda row: (row["step"], row["prompt"])):
+        parts.append(f"<h2>step {step}: <code>{escape(printable(prompt[-300:]))}</code></h2>")
+        for A, of_completion in groupby(of_prompt, lambda row: row["advantage"]):
+            looks = list(of_completion)
+            parts.append(f"<p>reward {looks[0]['task_reward']:g}, A = {A:+.2f}</p>")
+            for row in looks:
+                spans = [token_span(row, t, scale) for t in range(len(row["tokens"]))]
+                left = row["length"] - len(row["tokens"])
+                more = f" … and {left} more" if left else ""
+                parts.append(
+                    f'<div class="row"><b>at update {row["update"]}</b>{"".join(spans)}{more}</div>'
+                )
     with written_aside(directory / "tokens.html") as file:
         file.write("\n".join(parts) + "\n</html>\n")

@@ -34,12 +34,12 @@ from statistics import fmean, stdev
 
 import torch
 
-import cast
 from engine.errors import run_script
-from engine.files import read_jsonl, replacing, save_figure, write_jsonl, written_aside
+from engine.files import read_jsonl, save_figure, write_jsonl, written_aside
 from engine.flags import non_negative_int, positive_int
 from engine.models import load_model, load_tokenizer, resolve_model
 from experiments.pool import present, run_all, steps_in
+from experiments.warm import warm_start
 from tasks import arithmetic
 
 # --------------------------------------------------------------------------------------------------
@@ -140,21 +140,9 @@ def make_lazier(directory):
         prompt = problem["prompt"]
         response = arithmetic.solution(prompt, arithmetic.lazy_steps(prompt, rng, **LAZIER))
         pairs.append({"prompt": prompt, "response": response})
-    samples = cast.encode_pairs("lazy sums", pairs, tokenizer, 100)
-    masks = {name: torch.ones_like(p, dtype=torch.bool) for name, p in model.named_parameters()}
-    settings = argparse.Namespace(
-        learning_rate=1e-4,
-        weight_decay=0.0,
-        steps=40,
-        batch_size=64,
-        max_tokens_per_batch=4096,
-        max_grad_norm=1.0,
-    )
-    for _ in cast.sft(model, samples, masks, settings, seed=0):
+    settings = dict(steps=40, batch_size=64, learning_rate=1e-4, max_tokens_per_batch=4096)
+    for _ in warm_start(model, tokenizer, pairs, directory, **settings):
         pass
-    with replacing(directory) as folder:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -25,12 +25,12 @@ from statistics import fmean, stdev
 import torch
 from tqdm import tqdm
 
-import cast
 from engine.errors import UserError, run_script
-from engine.files import read_json, read_jsonl, replacing, save_figure, write_json, write_jsonl
+from engine.files import read_json, read_jsonl, save_figure, write_json, write_jsonl
 from engine.flags import non_negative_int, positive_float, positive_int
 from engine.models import load_model, load_tokenizer, resolve_model
 from experiments.pool import present, run_all, steps_in
+from experiments.warm import warm_start
 from tasks.prompts import prompted
 from tasks.rows import local_rows
 from train import mean
@@ -91,7 +91,7 @@ def write_parts(args, directory):
     write_jsonl(directory / "train.jsonl", plain[held_out + warm :])
 
 
-def warm_start(args, directory):
+def make_warm(args, directory):
     """Writes warm/ to a directory: the model after a few steps on worked solutions."""
     name = resolve_model(args.model)
     tokenizer = load_tokenizer(name)
@@ -99,22 +99,18 @@ def warm_start(args, directory):
     torch.set_num_threads(args.threads * args.jobs)
     rows = [{**row, "prompt": row["problem"]} for row in read_jsonl(directory / "warm.jsonl")]
     prompting = argparse.Namespace(system_prompt=SYSTEM, instruction="", chat_template_kwargs=None)
-    samples = cast.encode_pairs("warm", prompted(rows, tokenizer, prompting), tokenizer, 1000)
-    masks = {name: torch.ones_like(p, dtype=torch.bool) for name, p in model.named_parameters()}
-    settings = argparse.Namespace(
-        learning_rate=args.warm_learning_rate,
-        weight_decay=0.0,
+    steps = warm_start(
+        model,
+        tokenizer,
+        prompted(rows, tokenizer, prompting),
+        directory / "warm",
         steps=args.warm_steps,
         batch_size=8,
+        learning_rate=args.warm_learning_rate,
         max_tokens_per_batch=2048,
-        max_grad_norm=1.0,
     )
-    steps = cast.sft(model, samples, masks, settings, seed=0)
     for step, loss in tqdm(steps, "warm start", total=args.warm_steps, disable=None):
         print(f"warm start, step {step}: loss {loss:.4f}")
-    with replacing(directory / "warm") as folder:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -352,7 +348,7 @@ def main(argv=None):
     directory.mkdir(parents=True, exist_ok=True)
     write_parts(args, directory)
     if not (directory / "warm").is_dir():
-        warm_start(args, directory)
+        make_warm(args, directory)
     run_all(
         commands_of(args, directory),
         args.jobs,
