@@ -10,7 +10,7 @@ same: a few for a short supervised warm start (SmolLM2 gets hardly any of them r
 some that are held out, and all others to learn from by reward.
 
 Each run is one of train.py, judged by eval.py before and after, both called as a user would call
-them. The runs share all flags but --algo and --seed.
+them. The runs share all flags but --algo and --seed; --epsilon and --epsilon-high are of them all.
 real_rl.json holds what came out, real_rl.png shows it, and the tables of docs/RESULTS.md are what
 is printed at the end.
 """
@@ -27,7 +27,13 @@ from tqdm import tqdm
 
 from engine.errors import UserError, run_script
 from engine.files import read_json, read_jsonl, save_figure, write_json, write_jsonl
-from engine.flags import non_negative_int, positive_float, positive_int
+from engine.flags import (
+    below_one,
+    non_negative_float,
+    non_negative_int,
+    positive_float,
+    positive_int,
+)
 from engine.models import load_model, load_tokenizer, resolve_model
 from experiments.pool import present, run_all, steps_in
 from experiments.warm import warm_start
@@ -42,8 +48,8 @@ HELD_OUT = 200  # problems
 SETTINGS = [  # of train.py, for all runs: the same recipe, so that the objectives alone differ
     *("--num-prompts", "8", "--num-generations", "8", "--max-completion-length", "32"),
     *("--steps-per-generation", "4", "--num-iterations", "2", "--dynamic-sampling", "filter"),
-    *("--epsilon", "0.2", "--epsilon-high", "0.28", "--overlong", "none"),
-    *("--no-gradient-checkpointing", "--save-steps", "20", "--max-tokens-per-batch", "2048"),
+    *("--overlong", "none", "--no-gradient-checkpointing", "--save-steps", "20"),
+    *("--max-tokens-per-batch", "2048"),
 ]
 JUDGING = {  # of eval.py: sampled as in training, and greedily
     "sampled": ["--temperature", "1", "--num-samples", "4"],
@@ -148,6 +154,7 @@ def train_command(args, directory, algo, seed):
         return [*command, "--resume"]
     command += ["--algo", algo, "--model", str(directory / "warm"), "--seed", str(seed)]
     command += ["--data", str(directory / "train.jsonl"), *SETTINGS, *prompt_flags()]
+    command += ["--epsilon", str(args.epsilon), "--epsilon-high", str(args.epsilon_high)]
     return [*command, "--learning-rate", str(args.learning_rate), "--threads", str(args.threads)]
 
 
@@ -159,7 +166,7 @@ def commands_of(args, directory):
     judge = partial(judge_command, args, directory)
     tasks = [[partial(judge, "warm", way) for way in JUDGING]]
     for seed in range(args.seed, args.seed + args.seeds):
-        for algo in ALGORITHMS:
+        for algo in args.algos:
             train = partial(train_command, args, directory, algo, seed)
             tasks.append([train, *(partial(judge, f"{algo}-{seed}", way) for way in JUDGING)])
     return tasks
@@ -185,7 +192,7 @@ def accuracies(model):
 def collect(args, directory):
     """All figures of the runs, as a dict, ready for JSON."""
     runs = {}
-    for algo in ALGORITHMS:
+    for algo in args.algos:
         runs[algo] = []
         for seed in range(args.seed, args.seed + args.seeds):
             rows = read_jsonl(directory / f"{algo}-{seed}" / "metrics.jsonl")[: args.steps]
@@ -216,7 +223,7 @@ def collect(args, directory):
         "runs": runs,
         "samples_before": shown(first),
         "samples_after": shown(
-            read_jsonl(directory / f"tepo-{args.seed}-sampled" / "samples.jsonl")
+            read_jsonl(directory / f"{args.algos[0]}-{args.seed}-sampled" / "samples.jsonl")
         ),
     }
 
@@ -330,6 +337,9 @@ def parse_args(argv=None):
     flag("--data", required=True, help="a file with ASDiv's columns")
     flag("--model", default="models/SmolLM2-135M-Instruct", help="where it starts")
     flag("--output-dir", default="runs/real_rl", help="of the runs; those that are done stay")
+    flag("--algos", nargs="+", choices=ALGORITHMS, default=ALGORITHMS, help="which methods run")
+    flag("--epsilon", type=below_one, default=0.2, help="of all runs: clip below 1 - epsilon")
+    flag("--epsilon-high", type=non_negative_float, default=0.28, help="and above 1 + this")
     flag("--seed", type=non_negative_int, default=0, help="the first one")
     flag("--seeds", type=positive_int, default=2, help="runs of each method")
     flag("--steps", type=positive_int, default=40, help="of a run")
@@ -354,7 +364,7 @@ def main(argv=None):
         args.jobs,
         args.threads,
         log=directory / "log.txt",
-        total=args.steps * args.seeds * len(ALGORITHMS),
+        total=args.steps * args.seeds * len(args.algos),
         steps_done=lambda: steps_in(directory.glob("*-*"), args.steps),
     )
     found = collect(args, directory)

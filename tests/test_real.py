@@ -52,13 +52,12 @@ def test_the_parts_are_apart(tmp_path):
 
 
 def test_real_rl_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(real_rl, "ALGORITHMS", ("tepo",))
     monkeypatch.setattr(real_rl, "JUDGING", {"sampled": real_rl.JUDGING["sampled"]})
     monkeypatch.setattr(real_rl, "SETTINGS", [*real_rl.SETTINGS, "--num-prompts", "4"])
     model = build_checkpoint(tmp_path / "model", "llama")
     data = asdiv_file(tmp_path / "asdiv.jsonl")
     flags = ["--data", str(data), "--model", str(model), "--output-dir", str(tmp_path / "out")]
-    flags += ["--seeds", "1", "--warm-steps", "2", "--limit", "3", "--jobs", "2"]
+    flags += ["--algos", "tepo", "--seeds", "1", "--warm-steps", "2", "--limit", "3", "--jobs", "2"]
     real_rl.main([*flags, "--steps", "1"])
     out = tmp_path / "out"
     warm = load_model(str(out / "warm"), "cpu").state_dict()
