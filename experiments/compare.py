@@ -19,7 +19,7 @@ Tasks:
              completions in a hundred are right, four groups in five have no reward at all
 
 results.jsonl has a line a run, table.md the table, curves.png the curves: mean over the seeds, and
-a band of a standard deviation on either side.
+a band of a standard deviation on either side. ratios.png, of convergence alone, is its summary.
 """
 
 import argparse
@@ -62,12 +62,13 @@ CLAIM = 72 / 132  # steps of TEPO to those of GRPO/DAPO, as the paper says
 def convergence():
     """The three methods at 1, 4, 8 and 16 updates a rollout, at DAPO's clip and a tenth of it."""
     found = {}
-    for updates, (_, flags) in STEPS.items():
-        for clip, clip_flags in (("wide", WIDE), ("tight", TIGHT)):
+    for clip, clip_flags in (("wide", WIDE), ("tight", TIGHT)):
+        for updates, (_, flags) in STEPS.items():
             if updates == 1 and clip == "tight":
                 continue  # no ratio ever leaves 1
+            setting = f"{updates} update{'s' if updates > 1 else ''}, {clip} clip"
             for algo in ("tepo", "grpo", "dapo"):
-                label = f"{algo.upper()}, {updates} updates, {clip} clip"
+                label = f"{algo.upper()}, {setting}"
                 found[label] = (updates, ["--algo", algo, *flags, *clip_flags.split()])
     return found
 
@@ -262,10 +263,15 @@ def sign_flip_p(differences):
     return extreme / 2 ** len(differences)
 
 
+def log_ratios(results, one, other):
+    """log(steps of `one` / steps of `other`), for each seed with which both reach 0.8."""
+    pairs = [(a["steps_to_0.8"], b["steps_to_0.8"]) for a, b in zip(results[one], results[other])]
+    return [math.log(a / b) for a, b in pairs if a and b]
+
+
 def claim(results, one, other):
     """One sentence: how many steps `one` needs for those of `other`, tested over the seeds."""
-    pairs = [(a["steps_to_0.8"], b["steps_to_0.8"]) for a, b in zip(results[one], results[other])]
-    logs = [math.log(a / b) for a, b in pairs if a and b]
+    logs = log_ratios(results, one, other)
     if len(logs) < 2:
         return f"{one} against {other}: {len(logs)} pairs of runs reached {SOLVED}"
     ratio = math.exp(fmean(logs))
@@ -273,19 +279,19 @@ def claim(results, one, other):
     half = sign_flip_p([x - math.log(CLAIM) for x in logs])
     return (
         f"{one} needs {ratio:.3f} times the steps of {other.split(',')[0]} ({len(logs)} of "
-        f"{len(pairs)} seeds; from {math.exp(min(logs)):.3f} to {math.exp(max(logs)):.3f}); "
+        f"{len(results[one])} seeds; from {math.exp(min(logs)):.3f} to {math.exp(max(logs)):.3f}); "
         f"equal steps: p = {same:.3g}, the paper's {CLAIM:.2f}: p = {half:.3g}"
     )
 
 
-def claims(results):
-    """The sentences of `claim` for all settings that have TEPO and another method."""
-    sentences = []
+def against_tepo(results):
+    """The pairs of labels (TEPO, another method) that have the same setting."""
+    pairs = []
     for label in results:
         method, _, rest = label.partition(", ")
         others = [f"{other}, {rest}" for other in ("GRPO", "DAPO")] if method == "TEPO" else []
-        sentences += [claim(results, label, other) for other in others if other in results]
-    return sentences
+        pairs += [(label, other) for other in others if other in results]
+    return pairs
 
 
 def lemma(results):
@@ -315,13 +321,17 @@ def draw(results, title, path):
 
     panels = {}
     for label in results:
-        rest = label.partition(", ")[2] if "updates" in label else ""
+        rest = label.partition(", ")[2] if "update" in label else ""
         panels.setdefault(rest, []).append(label)
-    figure, axes = pyplot.subplots(
-        1, len(panels), figsize=(4.2 * len(panels) + 3, 4.2), layout="constrained", squeeze=False
-    )
+    columns = min(len(panels), 4)
+    rows = math.ceil(len(panels) / columns)
+    size = (4.2 * columns + (3 if columns == 1 else 0), 4.0 * rows)
+    figure, _ = pyplot.subplots(rows, columns, figsize=size, layout="constrained")
+    axes = figure.axes
+    for axis in axes[len(panels) :]:
+        axis.set_axis_off()
     styles = ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1))]
-    for axis, (rest, labels) in zip(axes[0], panels.items()):
+    for axis, (rest, labels) in zip(axes, panels.items()):
         for i, label in enumerate(labels):
             by_step = list(zip(*(run["rewards"] for run in results[label])))
             means = [fmean(values) for values in by_step]
@@ -336,9 +346,50 @@ def draw(results, title, path):
         axis.set(title=rest, xlabel="step (rollouts)", ylim=(0, 1.02))
         axis.grid(alpha=0.3)
         axis.legend(loc="lower right")
-    axes[0][0].set_ylabel("reward: share of right completions")
+    for axis in axes[::columns]:
+        axis.set_ylabel("reward: share of right completions")
     seeds = len(next(iter(results.values())))
     figure.suptitle(f"{title}: mean and standard deviation of {seeds} seeds")
+    save_figure(figure, path)
+
+
+def draw_ratios(results, path):
+    """TEPO's steps in those of the other method, over the updates a rollout, as a PNG.
+
+    A line for each other method and clip: the mean of the seeds, bars from the least to the most.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    lines = {}
+    for one, other in against_tepo(results):
+        logs = log_ratios(results, one, other)
+        method, updates, clip = other.split(", ")
+        if logs:
+            lines.setdefault(f"{method}, {clip}", []).append((int(updates.split()[0]), logs))
+    figure, axis = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    for i, (label, points) in enumerate(lines.items()):
+        means = [math.exp(fmean(logs)) for _, logs in points]
+        below = [mean - math.exp(min(logs)) for mean, (_, logs) in zip(means, points)]
+        above = [math.exp(max(logs)) - mean for mean, (_, logs) in zip(means, points)]
+        axis.errorbar(
+            [updates for updates, _ in points],
+            means,
+            yerr=[below, above],
+            label=label,
+            color="tab:orange" if label.startswith("GRPO") else "tab:green",
+            linestyle="-" if label.endswith("wide clip") else "--",
+            marker="osD^"[i],
+            capsize=3,
+        )
+    axis.axhline(1.0, color="black", linewidth=0.6)
+    axis.axhline(CLAIM, color="black", linewidth=0.6, linestyle=":")
+    axis.annotate("the paper's 72/132", (1, CLAIM), va="bottom", fontsize=9)
+    axis.set(xlabel="updates a rollout", xticks=list(STEPS), ylim=(0, 1.2))
+    axis.set_ylabel(f"steps to reward {SOLVED}: TEPO's / the other's")
+    axis.legend(loc="lower left")
     save_figure(figure, path)
 
 
@@ -408,12 +459,22 @@ def main(argv=None):
         for seed, run in zip(seeds, runs)
     ]
     write_jsonl(directory / "results.jsonl", lines)
-    text = "\n".join([*table(results), "", *claims(results), *lemma(results), ""])
+    text = "\n".join(
+        [
+            *table(results),
+            "",
+            *[claim(results, *pair) for pair in against_tepo(results)],
+            *lemma(results),
+            "",
+        ]
+    )
     with written_aside(directory / "table.md") as file:
         file.write(text)
     draw(results, f"{args.experiment}, {args.task}", directory / "curves.png")
+    if args.experiment == "convergence":
+        draw_ratios(results, directory / "ratios.png")
     print(text)
-    print(f"results.jsonl, table.md and curves.png are in {directory}")
+    print(f"results.jsonl, table.md and the pictures are in {directory}")
 
 
 if __name__ == "__main__":

@@ -50,7 +50,8 @@ def test_a_claim_in_words():
         return [{"steps_to_0.8": value} for value in values]
 
     results = {"TEPO, x": runs([6, 7, 8, None]), "GRPO, x": runs([12, 14, 16, 9])}
-    (sentence,) = compare.claims(results)
+    (pair,) = compare.against_tepo(results)
+    sentence = compare.claim(results, *pair)
     assert "0.500 times the steps of GRPO" in sentence and "3 of 4 seeds" in sentence
     assert f"p = {2 / 8:.3g}" in sentence
     assert "0 pairs" in compare.claim({"a": runs([None]), "b": runs([5])}, "a", "b")
@@ -118,6 +119,21 @@ def test_the_whole_at_toy_scale(tmp_path, capsys):
     stamp = (folder / "tepo-0" / "metrics.jsonl").stat().st_mtime_ns
     compare.main(flags)  # all is done: nothing runs again
     assert (folder / "tepo-0" / "metrics.jsonl").stat().st_mtime_ns == stamp
+
+
+def test_the_ratios_are_drawn(tmp_path):
+    """Of a setting that some method never solves, too."""
+    results = {
+        label: [summary_of(6), summary_of(7)] for label in compare.EXPERIMENTS["convergence"]
+    }
+    results["GRPO, 8 updates, tight clip"] = [summary_of(None), summary_of(None)]
+    assert len(compare.against_tepo(results)) == 14
+    compare.draw_ratios(results, tmp_path / "ratios.png")
+    assert (tmp_path / "ratios.png").stat().st_size > 10_000
+
+
+def summary_of(steps):
+    return {"steps_to_0.8": steps}
 
 
 def test_an_unknown_setting_is_one_line(capsys):
