@@ -3,6 +3,7 @@
     python -m experiments.compare convergence            # the claim: half the steps of GRPO/DAPO
     python -m experiments.compare convergence --task sparse
     python -m experiments.compare panel-A                # ... panel-E: the paper's Table 3
+    python -m experiments.compare panel-C --updates 16   # where more of it can differ
     python -m experiments.compare lemma                  # Lemma 3.2, token by token
 
 An experiment is a list of flags for train.py, times some seeds. Its runs go side by side, as many
@@ -48,7 +49,7 @@ from tasks import arithmetic
 RECIPE = "--dynamic-sampling filter --overlong none --save-steps 0".split()
 WIDE = "--epsilon 0.2 --epsilon-high 0.28"  # the files of VARIANTS have it, too
 TIGHT = "--epsilon 0.02 --epsilon-high 0.028"
-STEPS = {  # of a run, by updates a rollout: mini-batches x epochs
+STEPS = {  # of a run, and its flags, by updates a rollout: mini-batches x epochs
     1: (60, ["--steps-per-generation", "1", "--num-iterations", "1"]),
     4: (30, ["--steps-per-generation", "4", "--num-iterations", "1"]),
     8: (20, ["--steps-per-generation", "4", "--num-iterations", "2"]),
@@ -60,22 +61,25 @@ CLAIM = 72 / 132  # steps of TEPO to those of GRPO/DAPO, as the paper says
 
 
 def convergence():
-    """The three methods at 1, 4, 8 and 16 updates a rollout, at DAPO's clip and a tenth of it."""
+    """The three methods at 1, 4, 8 and 16 updates a rollout, at DAPO's clip and a tenth of it.
+
+    Returns a dict label -> (updates, flags), like `panel`.
+    """
     found = {}
     for clip, clip_flags in (("wide", WIDE), ("tight", TIGHT)):
-        for updates, (_, flags) in STEPS.items():
+        for updates in STEPS:
             if updates == 1 and clip == "tight":
                 continue  # no ratio ever leaves 1
             setting = f"{updates} update{'s' if updates > 1 else ''}, {clip} clip"
             for algo in ("tepo", "grpo", "dapo"):
                 label = f"{algo.upper()}, {setting}"
-                found[label] = (updates, ["--algo", algo, *flags, *clip_flags.split()])
+                found[label] = (updates, f"--algo {algo} {clip_flags}".split())
     return found
 
 
 def panel(settings):
-    """Settings of a panel of Table 3, all with 8 updates a rollout: label -> (updates, flags)."""
-    return {label: (8, [*STEPS[8][1], *flags.split()]) for label, flags in settings.items()}
+    """A panel of Table 3, as a dict label -> (None, flags): --updates says how many updates."""
+    return {label: (None, flags.split()) for label, flags in settings.items()}
 
 
 EXPERIMENTS = {
@@ -167,7 +171,16 @@ def train_command(args, directory, label, seed, updates, flags):
     steps = steps_of(args, updates)
     if len(read_jsonl(folder / "metrics.jsonl")) >= steps:
         return None
-    command = ["train.py", *RECIPE, *flags, "--seed", str(seed), "--steps", str(steps)]
+    command = [
+        "train.py",
+        *RECIPE,
+        *STEPS[updates][1],
+        *flags,
+        "--seed",
+        str(seed),
+        "--steps",
+        str(steps),
+    ]
     command += ["--threads", "1", "--device", "cpu", "--overwrite", "--output-dir", str(folder)]
     if args.task == "sparse":
         command += ["--model", str(directory.parent / "lazier"), *TINY_DEFAULTS]
@@ -410,25 +423,31 @@ def parse_args(argv=None):
     flag("--seed", type=non_negative_int, default=0, help="the first one")
     flag("--seeds", type=positive_int, default=5, help="runs of each setting")
     flag("--steps", type=non_negative_int, default=0, help="of a run; 0: as many as it takes")
+    flag("--updates", type=int, choices=STEPS, default=8, help="a rollout, in a panel")
     flag("--only", default="", help="only settings with this text in their label")
     flag("--jobs", type=positive_int, default=os.cpu_count() or 1, help="runs at a time")
     flag("--output-dir", default="runs/compare", help="runs that are done stay there")
     args = parser.parse_args(argv)
     if not any(args.only in label for label in EXPERIMENTS[args.experiment]):
         parser.error(f"--only {args.only}: {args.experiment} has no such setting")
+    if args.experiment == "convergence" and args.updates != 8:
+        parser.error('convergence has all of them: choose by --only "16 updates"')
     return args
 
 
 def main(argv=None):
     args = parse_args(argv)
     root = Path(args.output_dir).absolute()
-    directory = root / f"{args.experiment}-{args.task}"
+    name = f"{args.experiment}-{args.task}"
+    if args.updates != 8:
+        name += f"-{args.updates}-updates"
+    directory = root / name
     directory.mkdir(parents=True, exist_ok=True)
     if args.task == "sparse" and not (root / "lazier").is_dir():
         make_lazier(root / "lazier")
     chosen = {
-        label: setting
-        for label, setting in EXPERIMENTS[args.experiment].items()
+        label: (updates or args.updates, flags)
+        for label, (updates, flags) in EXPERIMENTS[args.experiment].items()
         if args.only in label
     }
     seeds = range(args.seed, args.seed + args.seeds)
@@ -470,7 +489,7 @@ def main(argv=None):
     )
     with written_aside(directory / "table.md") as file:
         file.write(text)
-    draw(results, f"{args.experiment}, {args.task}", directory / "curves.png")
+    draw(results, name, directory / "curves.png")
     if args.experiment == "convergence":
         draw_ratios(results, directory / "ratios.png")
     print(text)

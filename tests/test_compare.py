@@ -63,6 +63,7 @@ def test_flags_of_every_setting_are_known(name, tmp_path):
     args = compare.parse_args([name])
     seen = set()
     for label, (updates, flags) in compare.EXPERIMENTS[name].items():
+        updates = updates or args.updates
         command = compare.train_command(args, tmp_path, label, 0, updates, flags)
         parsed = vars(train.parse_args(command[1:]))
         made = parsed["steps_per_generation"] * parsed["num_iterations"]
@@ -136,7 +137,11 @@ def summary_of(steps):
     return {"steps_to_0.8": steps}
 
 
-def test_an_unknown_setting_is_one_line(capsys):
-    with pytest.raises((SystemExit, UserError)):
-        compare.parse_args(["convergence", "--only", "PPO"])
-    assert "no such setting" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "flags, words",
+    [("--only PPO", "no such setting"), ("--updates 16", "choose by --only")],
+)
+def test_what_convergence_has_not_is_one_line(flags, words, capsys):
+    with pytest.raises(SystemExit):
+        compare.parse_args(["convergence", *flags.split()])
+    assert words in capsys.readouterr().err
