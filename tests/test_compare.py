@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import train
-from engine.errors import UserError
 from engine.files import read_jsonl
 from engine.models import load_model, load_tokenizer, stop_token_ids
 from experiments import compare
