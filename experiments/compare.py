@@ -357,6 +357,7 @@ def draw(results, title, path):
             axis.fill_between(steps, low, high, color=f"C{i}", alpha=0.15, linewidth=0)
         axis.axhline(SOLVED, color="black", linewidth=0.6)
         axis.set(title=rest, xlabel="step (rollouts)", ylim=(0, 1.02))
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
         axis.legend(loc="lower right")
     for axis in axes[::columns]:
