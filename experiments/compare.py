@@ -288,22 +288,28 @@ def claim(results, one, other):
     if len(logs) < 2:
         return f"{one} against {other}: {len(logs)} pairs of runs reached {SOLVED}"
     ratio = math.exp(fmean(logs))
-    same = sign_flip_p(logs)
-    half = sign_flip_p([x - math.log(CLAIM) for x in logs])
-    return (
-        f"{one} needs {ratio:.3f} times the steps of {other.split(',')[0]} ({len(logs)} of "
-        f"{len(results[one])} seeds; from {math.exp(min(logs)):.3f} to {math.exp(max(logs)):.3f}); "
-        f"equal steps: p = {same:.3g}, the paper's {CLAIM:.2f}: p = {half:.3g}"
+    setting = one.partition(", ")[2]
+    sentence = (
+        f"{one} needs {ratio:.3f} times the steps of {other.removesuffix(', ' + setting)} "
+        f"({len(logs)} of {len(results[one])} seeds; from {math.exp(min(logs)):.3f} to "
+        f"{math.exp(max(logs)):.3f}); equal steps: p = {sign_flip_p(logs):.3g}"
     )
+    if setting:  # of `convergence`
+        half = sign_flip_p([x - math.log(CLAIM) for x in logs])
+        sentence += f", the paper's {CLAIM:.2f}: p = {half:.3g}"
+    return sentence
 
 
 def against_tepo(results):
-    """The pairs of labels (TEPO, another method) that have the same setting."""
+    """The pairs of labels (TEPO's, another) to be compared: of one setting, or of one panel."""
     pairs = []
     for label in results:
-        method, _, rest = label.partition(", ")
-        others = [f"{other}, {rest}" for other in ("GRPO", "DAPO")] if method == "TEPO" else []
-        pairs += [(label, other) for other in others if other in results]
+        method, _, setting = label.partition(", ")
+        if method == "TEPO":
+            others = [f"{other}, {setting}" for other in ("GRPO", "DAPO")]
+            pairs += [(label, other) for other in others if other in results]
+        elif "(TEPO" in label:
+            pairs += [(label, other) for other in results if other != label]
     return pairs
 
 

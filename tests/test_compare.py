@@ -52,7 +52,12 @@ def test_a_claim_in_words():
     (pair,) = compare.against_tepo(results)
     sentence = compare.claim(results, *pair)
     assert "0.500 times the steps of GRPO" in sentence and "3 of 4 seeds" in sentence
-    assert f"p = {2 / 8:.3g}" in sentence
+    assert f"equal steps: p = {2 / 8:.3g}, the paper's 0.55: p = " in sentence
+    panel = {"token ratio, GRPO": runs([7, 7]), "mean (TEPO)": runs([14, 14])}
+    (pair,) = compare.against_tepo(panel)
+    sentence = compare.claim(panel, *pair)
+    assert "mean (TEPO) needs 2.000 times the steps of token ratio, GRPO" in sentence
+    assert "paper" not in sentence
     assert "0 pairs" in compare.claim({"a": runs([None]), "b": runs([5])}, "a", "b")
 
 
