@@ -177,6 +177,16 @@ def append_jsonl(path, rows):
         os.fsync(file.fileno())
 
 
+def new_figure(*arguments, **named):
+    """matplotlib's pyplot.subplots, for a picture that goes to a file: no display is needed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot.subplots(*arguments, **named)
+
+
 def save_figure(figure, path):
     """Writes a matplotlib figure as a PNG, aside, renames it, and closes the figure."""
     from matplotlib import pyplot

@@ -1,6 +1,6 @@
 """Pictures of what the tools measure."""
 
-from engine.files import save_figure
+from engine.files import new_figure, save_figure
 
 
 def draw_map(content, skipped, path):
@@ -9,17 +9,14 @@ def draw_map(content, skipped, path):
     content: what conflict_map.json holds: "O", "S" and "C" as [layers][H] numbers, "model" and
     "sensitivity" for the titles; skipped: the (layer, head) that are outlined; path: of the PNG.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import colors, patches, pyplot
+    from matplotlib import colors, patches
 
     O, S, C = content["O"], content["S"], content["C"]
     layers = len(C)
     H = len(C[0])
     width = 3 * min(max(0.45 * H, 3.4), 9) + 2.4
     height = min(max(0.45 * layers, 1.8), 11) + 1.4
-    figure, axes = pyplot.subplots(1, 3, figsize=(width, height), layout="constrained")
+    figure, axes = new_figure(1, 3, figsize=(width, height), layout="constrained")
     farthest = max(abs(value - 1) for row in O for value in row) or 1
     around_one = colors.Normalize(1 - farthest, 1 + farthest)
     # A few heads tower over the others. So the colours of S and C are stretched.
@@ -53,18 +50,13 @@ def draw_map(content, skipped, path):
 
 def plot_curves(rows, path):
     """Draws the rows of metrics.jsonl over the steps as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     panels = {
         "reward": ["reward", "task_reward"],
         "entropy (nats a token)": ["entropy"],
         "share of tokens": ["clip_ratio/low", "clip_ratio/high", "kl_mask_fraction"],
         "completion length (tokens)": ["completions/mean_length"],
     }
-    figure, axes = pyplot.subplots(1, 4, figsize=(16, 3.4))
+    figure, axes = new_figure(1, 4, figsize=(16, 3.4))
     # Fixed margins: a layout that is computed draws everything twice, at every checkpoint.
     figure.subplots_adjust(left=0.03, right=0.99, bottom=0.15, top=0.9, wspace=0.16)
     for axis, (title, keys) in zip(axes, panels.items()):

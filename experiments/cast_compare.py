@@ -35,6 +35,7 @@ from engine.files import (
     append_jsonl,
     digest,
     fingerprint,
+    new_figure,
     read_jsonl,
     save_figure,
     write_json,
@@ -316,13 +317,10 @@ def draw_frontier(results, path):
     A point is the mean over the seeds. Every arm has a colour and a marker of its own. The picture
     ends a little beyond where half of the arms end: the fastest ones go on far to the right.
     """
-    import matplotlib
+    from matplotlib import colormaps
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(2, 2, figsize=(15, 10), layout="constrained")
-    colors = pyplot.get_cmap("tab20").colors
+    figure, axes = new_figure(2, 2, figsize=(15, 10), layout="constrained")
+    colors = colormaps["tab20"].colors
     markers = "osD^v<>PX*phd8"
     ends = [mean_of([seed[arm]["end"] for seed in results])["safety_nll"] for arm in results[0]]
     least = 0.4 * median(ends)

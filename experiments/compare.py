@@ -36,7 +36,7 @@ from statistics import fmean, stdev
 import torch
 
 from engine.errors import run_script
-from engine.files import read_jsonl, save_figure, write_jsonl, written_aside
+from engine.files import new_figure, read_jsonl, save_figure, write_jsonl, written_aside
 from engine.flags import non_negative_int, positive_int
 from engine.models import load_model, load_tokenizer, resolve_model
 from experiments.pool import present, run_all, steps_in
@@ -171,16 +171,8 @@ def train_command(args, directory, label, seed, updates, flags):
     steps = steps_of(args, updates)
     if len(read_jsonl(folder / "metrics.jsonl")) >= steps:
         return None
-    command = [
-        "train.py",
-        *RECIPE,
-        *STEPS[updates][1],
-        *flags,
-        "--seed",
-        str(seed),
-        "--steps",
-        str(steps),
-    ]
+    command = ["train.py", *RECIPE, *STEPS[updates][1], *flags]
+    command += ["--seed", str(seed), "--steps", str(steps)]
     command += ["--threads", "1", "--device", "cpu", "--overwrite", "--output-dir", str(folder)]
     if args.task == "sparse":
         command += ["--model", str(directory.parent / "lazier"), *TINY_DEFAULTS]
@@ -276,6 +268,15 @@ def sign_flip_p(differences):
     return extreme / 2 ** len(differences)
 
 
+def split(label):
+    """Method and setting: "TEPO, 1 update, wide clip" -> "TEPO", "1 update, wide clip".
+
+    A label of a panel is all method, and its setting is empty.
+    """
+    match = re.fullmatch("(TEPO|GRPO|DAPO), (.+)", label)
+    return match.groups() if match else (label, "")
+
+
 def log_ratios(results, one, other):
     """log(steps of `one` / steps of `other`), for each seed with which both reach 0.8."""
     pairs = [(a["steps_to_0.8"], b["steps_to_0.8"]) for a, b in zip(results[one], results[other])]
@@ -288,13 +289,12 @@ def claim(results, one, other):
     if len(logs) < 2:
         return f"{one} against {other}: {len(logs)} pairs of runs reached {SOLVED}"
     ratio = math.exp(fmean(logs))
-    setting = one.partition(", ")[2]
     sentence = (
-        f"{one} needs {ratio:.3f} times the steps of {other.removesuffix(', ' + setting)} "
+        f"{one} needs {ratio:.3f} times the steps of {split(other)[0]} "
         f"({len(logs)} of {len(results[one])} seeds; from {math.exp(min(logs)):.3f} to "
         f"{math.exp(max(logs)):.3f}); equal steps: p = {sign_flip_p(logs):.3g}"
     )
-    if setting:  # of `convergence`
+    if split(one)[1]:  # of `convergence`
         half = sign_flip_p([x - math.log(CLAIM) for x in logs])
         sentence += f", the paper's {CLAIM:.2f}: p = {half:.3g}"
     return sentence
@@ -304,8 +304,8 @@ def against_tepo(results):
     """The pairs of labels (TEPO's, another) to be compared: of one setting, or of one panel."""
     pairs = []
     for label in results:
-        method, _, setting = label.partition(", ")
-        if method == "TEPO":
+        method, setting = split(label)
+        if method == "TEPO" and setting:
             others = [f"{other}, {setting}" for other in ("GRPO", "DAPO")]
             pairs += [(label, other) for other in others if other in results]
         elif "(TEPO" in label:
@@ -333,36 +333,30 @@ def draw(results, title, path):
 
     Settings of different numbers of updates have a panel each.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     panels = {}
     for label in results:
-        rest = label.partition(", ")[2] if "update" in label else ""
-        panels.setdefault(rest, []).append(label)
+        panels.setdefault(split(label)[1], []).append(label)
     columns = min(len(panels), 4)
     rows = math.ceil(len(panels) / columns)
     size = (4.2 * columns + (3 if columns == 1 else 0), 4.0 * rows)
-    figure, _ = pyplot.subplots(rows, columns, figsize=size, layout="constrained")
+    figure, _ = new_figure(rows, columns, figsize=size, layout="constrained")
     axes = figure.axes
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
     styles = ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1))]
-    for axis, (rest, labels) in zip(axes, panels.items()):
+    for axis, (setting, labels) in zip(axes, panels.items()):
         for i, label in enumerate(labels):
             by_step = list(zip(*(run["rewards"] for run in results[label])))
             means = [fmean(values) for values in by_step]
             spreads = [stdev(values) if len(values) > 1 else 0.0 for values in by_step]
             steps = range(1, len(means) + 1)
-            name = label.partition(", ")[0] if rest else label
-            axis.plot(steps, means, linestyle=styles[i % 5], color=f"C{i}", label=name)
+            style = styles[i % 5]
+            axis.plot(steps, means, linestyle=style, color=f"C{i}", label=split(label)[0])
             low = [m - s for m, s in zip(means, spreads)]
             high = [m + s for m, s in zip(means, spreads)]
             axis.fill_between(steps, low, high, color=f"C{i}", alpha=0.15, linewidth=0)
         axis.axhline(SOLVED, color="black", linewidth=0.6)
-        axis.set(title=rest, xlabel="step (rollouts)", ylim=(0, 1.02))
+        axis.set(title=setting, xlabel="step (rollouts)", ylim=(0, 1.02))
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
         axis.legend(loc="lower right")
@@ -378,18 +372,14 @@ def draw_ratios(results, path):
 
     A line for each other method and clip: the mean of the seeds, bars from the least to the most.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     lines = {}
     for one, other in against_tepo(results):
         logs = log_ratios(results, one, other)
-        method, updates, clip = other.split(", ")
+        method, setting = split(other)
+        updates, clip = setting.split(", ")
         if logs:
             lines.setdefault(f"{method}, {clip}", []).append((int(updates.split()[0]), logs))
-    figure, axis = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    figure, axis = new_figure(figsize=(7, 4.5), layout="constrained")
     for i, (label, points) in enumerate(lines.items()):
         means = [math.exp(fmean(logs)) for _, logs in points]
         below = [mean - math.exp(min(logs)) for mean, (_, logs) in zip(means, points)]
@@ -485,15 +475,8 @@ def main(argv=None):
         for seed, run in zip(seeds, runs)
     ]
     write_jsonl(directory / "results.jsonl", lines)
-    text = "\n".join(
-        [
-            *table(results),
-            "",
-            *[claim(results, *pair) for pair in against_tepo(results)],
-            *lemma(results),
-            "",
-        ]
-    )
+    claims = [claim(results, *pair) for pair in against_tepo(results)]
+    text = "\n".join([*table(results), "", *claims, *lemma(results), ""])
     with written_aside(directory / "table.md") as file:
         file.write(text)
     draw(results, name, directory / "curves.png")

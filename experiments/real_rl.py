@@ -26,7 +26,14 @@ import torch
 from tqdm import tqdm
 
 from engine.errors import UserError, run_script
-from engine.files import read_json, read_jsonl, save_figure, write_json, write_jsonl
+from engine.files import (
+    new_figure,
+    read_json,
+    read_jsonl,
+    save_figure,
+    write_json,
+    write_jsonl,
+)
 from engine.flags import (
     below_one,
     non_negative_float,
@@ -288,18 +295,13 @@ def smoothed(values, width=5):
 
 def draw(found, path):
     """Reward, entropy, clipped share and M over the steps: mean and range of the seeds."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     panels = {
         "reward (mean of 5 steps)": ["reward"],
         "entropy (nats a token)": ["entropy"],
         "share of tokens clipped": ["clip_ratio/low", "clip_ratio/high"],
         "share of tokens with a KL term (M)": ["kl_mask_fraction"],
     }
-    figure, axes = pyplot.subplots(1, 4, figsize=(17, 3.8), layout="constrained")
+    figure, axes = new_figure(1, 4, figsize=(17, 3.8), layout="constrained")
     for axis, (title, keys) in zip(axes, panels.items()):
         for (algo, runs), color in zip(found["runs"].items(), ("tab:red", "tab:blue", "tab:green")):
             curves = []

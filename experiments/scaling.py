@@ -21,6 +21,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
+from engine.files import new_figure, save_figure
 from experiments.bench import memory_gb
 from experiments.shapes import build_config
 from rollout import Sample, collate, micro_batches, sample, score
@@ -115,12 +116,7 @@ def measure_times(repeats):
 
 def plot(times, path):
     """Draws the two series and their fitted lines, and prints the fits."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    figure, axes = new_figure(1, 2, figsize=(9, 3.6), layout="constrained")
     for axis, what in zip(axes, ("completion tokens", "samples")):
         for phase, colour in (("sample", "tab:blue"), ("score and update", "tab:orange")):
             sizes = [key[2] for key in times if key[:2] == (what, phase)]
@@ -136,7 +132,7 @@ def plot(times, path):
             axis.plot(ends, [start + slope * end for end in ends], color=colour, linewidth=1)
         axis.set(xlabel=f"{what} of a step", ylabel="seconds", xlim=(0, None), ylim=(0, None))
         axis.legend()
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path)
 
 
 def main():

@@ -29,16 +29,8 @@ SMALL_COMPARE = "--seeds 2 --random-draws 1 --evaluations 1"
 HERE = "--threads 1 --device cpu"
 
 OTHER_PROGRAMS = {  # flags of pip, ruff, accelerate and torchrun, and scale/, which needs TRL
-    *(
-        "--no-deps",
-        "--target",
-        "--check",
-        "--num_processes",
-        "--use_fsdp",
-        "--fsdp_version",
-        "--cpu",
-        "--nproc_per_node",
-    ),
+    *("--no-deps", "--target", "--check"),
+    *("--num_processes", "--use_fsdp", "--fsdp_version", "--cpu", "--nproc_per_node"),
     *("--use-vllm", "--per-device-train-batch-size"),
 }
 
